@@ -1,0 +1,114 @@
+"""What every attack is: a proposer of images, told by a judge which are still worth the effort."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ebm_defense.attacks.threat import ThreatModel
+from ebm_defense.defense import PurifiedClassifier, as_defense
+from ebm_defense.images import check_images, check_labels
+
+
+class Proposal(NamedTuple):
+    """Images put before the judge.
+
+    Attributes:
+        step: the attack step they come from; 0 is the start.
+        rows: which images of the batch these are, `[b]`.
+        images: `[b, C, H, W]` in [0, 1].
+        logits: the defense's replicate logits on them as the attack saw them, `[r, b, classes]`.
+    """
+
+    step: int
+    rows: Tensor
+    images: Tensor
+    logits: Tensor
+
+
+Judge = Callable[[Proposal], Tensor]
+"""Tells which of the proposed images still stand, bool `[b]`; the attack may drop the others."""
+
+
+def lenient(proposal: Proposal) -> Tensor:
+    """Judge that never takes an image off: the attack runs to its end on all."""
+    return torch.ones(len(proposal.rows), dtype=torch.bool, device=proposal.rows.device)
+
+
+class Attack(Protocol):
+    """One attack: a frozen value whose `run` proposes images until its budget is spent."""
+
+    @property
+    def threat(self) -> ThreatModel: ...
+
+    @property
+    def name(self) -> str:
+        """A short name for tables."""
+        ...
+
+    @property
+    def looks(self) -> int:
+        """How many times an image that stands to the end is put before the judge."""
+        ...
+
+    @property
+    def replicates(self) -> int:
+        """Purifications an image and look."""
+        ...
+
+    def chain_steps(self, defense: PurifiedClassifier) -> int:
+        """Return the Langevin steps that an image costs which stands to the end."""
+        ...
+
+    def run(
+        self,
+        defense: PurifiedClassifier,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        ids: Sequence[int],
+        seed: int,
+        judge: Judge = lenient,
+    ) -> Tensor:
+        """Attack `images` `[b, C, H, W]` and return the last iterates.
+
+        Args:
+            defense: what is attacked.
+            images: originals in [0, 1].
+            labels: true classes `[b]`.
+            ids: the images' own numbers, on which their noise depends.
+            seed: the run's seed.
+            judge: hears every proposal.
+        """
+        ...
+
+
+class DirectCall:
+    """Gives an attack a plain call: `attack(model, images, labels, seed=0)`."""
+
+    def __call__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        images: Tensor,
+        labels: Tensor,
+        *,
+        seed: int = 0,
+    ) -> Tensor:
+        """Attack any classifier and return the last iterates `[N, C, H, W]`.
+
+        Raises:
+            UsageError: images outside [0, 1] or NaN, or labels that do not fit.
+        """
+        check_images(images)
+        check_labels(labels, images)
+        run = self.run  # type: ignore[attr-defined]
+        result: Tensor = run(as_defense(model), images, labels, ids=range(len(images)), seed=seed)
+        return result
+
+
+def attack_replicates(replicates: int, defense: PurifiedClassifier) -> range:
+    """Return the replicates an attack draws: one where they would all be the same."""
+    return range(replicates if defense.purifier.stochastic else 1)

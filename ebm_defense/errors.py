@@ -1,0 +1,5 @@
+"""The one exception a user's mistake raises."""
+
+
+class UsageError(ValueError):
+    """A setting, file or image is not what it must be; the message says what to do."""

@@ -1,0 +1,1 @@
+"""Learning energies by maximum likelihood, and classifiers."""

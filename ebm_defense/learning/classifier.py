@@ -1,0 +1,172 @@
+"""Learning a classifier, on images as they are or as a purifier leaves them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ebm_defense.errors import UsageError
+from ebm_defense.files import load_plain, save_state
+from ebm_defense.langevin import resolve_precision
+
+Copies = Callable[[int], Tensor]
+"""copy number → the training images as the classifier shall see them, `[N, C, H, W]` in [0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierRecipe:
+    """How a classifier is learned: SGD with momentum, one rise and a cosine fall of the rate.
+
+    Attributes:
+        epochs: passes over the images.
+        batch: images a step.
+        lr: the highest learning rate.
+        warmup: the share of all steps over which the rate rises.
+        momentum, weight_decay: SGD's.
+        padding: pixels of a random shift; 0 for none.
+        flip: mirror every other image.
+        copies: how many differently purified copies of the images the epochs cycle through.
+        seed: seed of every draw.
+    """
+
+    epochs: int = 30
+    batch: int = 100
+    lr: float = 0.1
+    warmup: float = 0.2
+    momentum: float = 0.9
+    weight_decay: float = 2e-4
+    padding: int = 4
+    flip: bool = True
+    copies: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.batch, self.copies) < 1 or not self.lr > 0:
+            raise UsageError("epochs, batch and copies must be at least 1 and lr above 0.")
+        if not 0 <= self.warmup < 1 or self.padding < 0:
+            raise UsageError("warmup must lie in [0, 1) and padding be 0 or more.")
+
+
+class Epoch(NamedTuple):
+    """One epoch's mean loss and accuracy on the (augmented) training images."""
+
+    number: int
+    loss: float
+    accuracy: float
+
+
+class ClassifierTrainer:
+    """Learns `classifier` (on [0, 1] images) in place; iterate `run()` and look at each `Epoch`."""
+
+    def __init__(
+        self,
+        classifier: nn.Module,
+        images: Tensor | Copies,
+        labels: Tensor,
+        recipe: ClassifierRecipe,
+        precision: str = "auto",
+    ) -> None:
+        self.classifier, self.labels, self.recipe = classifier, labels, recipe
+        self.copies: Copies = (lambda _: images) if isinstance(images, Tensor) else images
+        self.device = next(classifier.parameters()).device
+        self.bf16 = resolve_precision(precision, self.device, torch.float32) == "bf16"
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.history: list[Epoch] = []
+        self.optimiser = torch.optim.SGD(
+            classifier.parameters(),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            nesterov=recipe.momentum > 0,
+        )
+
+    def run(self) -> Iterator[Epoch]:
+        """Train until the recipe's epochs are done, yielding after each."""
+        while len(self.history) < self.recipe.epochs:
+            self.history.append(self._epoch(len(self.history)))
+            yield self.history[-1]
+
+    def _epoch(self, number: int) -> Epoch:
+        images = self.copies(number % self.recipe.copies)
+        order = torch.randperm(len(self.labels), generator=self.generator)
+        batches = order.split(self.recipe.batch)
+        loss, right = 0.0, 0
+        self.classifier.train()
+        for i, rows in enumerate(batches):
+            self._schedule((number + i / len(batches)) / self.recipe.epochs)
+            part = self._step(self._augment(images[rows]), self.labels[rows])
+            loss, right = loss + part[0], right + part[1]
+        self.classifier.eval()
+        return Epoch(number + 1, loss / len(order), right / len(order))
+
+    def _step(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        images, labels = images.to(self.device), labels.to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = self.classifier(images.contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(logits.float(), labels)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimiser.step()
+        return float(loss.detach()) * len(labels), int((logits.argmax(1) == labels).sum())
+
+    def _schedule(self, share: float) -> None:
+        r = self.recipe
+        fall = 0.5 * (1.0 + math.cos(math.pi * (share - r.warmup) / (1.0 - r.warmup)))
+        for group in self.optimiser.param_groups:
+            group["lr"] = r.lr * (share / r.warmup if share < r.warmup else fall)
+
+    def _augment(self, x: Tensor) -> Tensor:
+        r = self.recipe
+        if r.flip:
+            mirrored = torch.rand(len(x), generator=self.generator) < 0.5
+            x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+        return _shift(x, r.padding, self.generator) if r.padding else x
+
+    def save(self, path: Path) -> None:
+        """Write everything that `load` needs to go on exactly, atomically."""
+        state = {
+            "classifier": self.classifier.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "generator": self.generator.get_state(),
+            "history": torch.tensor([list(e) for e in self.history], dtype=torch.float64),
+        }
+        save_state(path, state)
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint of `save`, or raise a `UsageError` if it is of another network."""
+        state = load_plain(path)
+        try:
+            self.classifier.load_state_dict(state["classifier"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.generator.set_state(state["generator"])
+            self.history = [Epoch(int(n), loss, a) for n, loss, a in state["history"].tolist()]
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UsageError(f"{path} is no checkpoint of this classifier: {error}") from error
+
+
+def _shift(x: Tensor, padding: int, generator: torch.Generator) -> Tensor:
+    """Shift each image by up to `padding` pixels each way, filling with the edge of black."""
+    b, _, h, w = x.shape
+    padded = F.pad(x, (padding,) * 4)
+    offsets = torch.randint(2 * padding + 1, (2, b), generator=generator)
+    rows = offsets[0, :, None] + torch.arange(h)
+    columns = offsets[1, :, None] + torch.arange(w)
+    picked = padded[torch.arange(b)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return picked.permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor, batch: int = 500) -> float:
+    """Return the share of images `[N, C, H, W]` in [0, 1] that the classifier gets right."""
+    device = next(classifier.parameters()).device
+    right = 0
+    for x, y in zip(images.split(batch), labels.split(batch), strict=True):
+        right += int((classifier(x.to(device)).argmax(1).cpu() == y).sum())
+    return right / max(len(labels), 1)

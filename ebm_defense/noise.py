@@ -1,0 +1,129 @@
+"""Random streams: noise as a function of what it is for, never of batch or worker."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+
+class Noise(Protocol):
+    """Standard normal noise for one step of a batch of chains."""
+
+    def normal(self, step: int, like: Tensor) -> Tensor:
+        """Draw `[b, C, H, W]` noise of `like`'s shape, dtype and device for `step` ≥ 0."""
+        ...
+
+    def chunk(self, rows: slice) -> Noise:
+        """Return the noise of these rows of the batch alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class GeneratorNoise:
+    """Noise drawn in order from one `torch.Generator`; it depends on the batch."""
+
+    generator: torch.Generator
+
+    def normal(self, step: int, like: Tensor) -> Tensor:
+        device = self.generator.device
+        draw = torch.randn(like.shape, dtype=like.dtype, device=device, generator=self.generator)
+        return draw.to(like.device)
+
+    def chunk(self, rows: slice) -> GeneratorNoise:
+        return self
+
+
+@dataclass(frozen=True)
+class KeyedNoise:
+    """Noise of chain `i` at step `k` as a pure function of `(keys[i], k)`.
+
+    A counter-based generator: SplitMix64 (Steele, Lea, Flood 2014, with the constants of
+    Stafford's mixer 13) maps (key, step, pixel pair) to 64 bits and Box-Muller maps those to
+    two normals. It draws the same integers on every device, in every batch.
+
+    Attributes:
+        keys: one 64-bit integer a chain, int64 `[b]`; see `chain_keys`.
+    """
+
+    keys: Tensor
+
+    def normal(self, step: int, like: Tensor) -> Tensor:
+        size = math.prod(like.shape[1:])
+        bits = self.bits(step, (size + 1) // 2).to(like.device)
+        return _box_muller(bits, like.dtype)[:, :size].view(like.shape)
+
+    def bits(self, step: int, count: int) -> Tensor:
+        """Return `count` 64-bit words a chain for `step`, int64 `[b, count]`."""
+        step_keys = _splitmix(self.keys + _signed(_GOLDEN * (step + 1)))
+        counter = torch.arange(1, count + 1, device=self.keys.device)
+        return _splitmix(step_keys[:, None] + counter * _signed(_GOLDEN))
+
+    def uniform(self, step: int, like: Tensor) -> Tensor:
+        """Draw `[b, …]` uniform noise in [0, 1) of `like`'s shape for `step`."""
+        bits = self.bits(step, math.prod(like.shape[1:])).to(like.device)
+        return (((bits >> 40) & 0xFFFFFF).to(like.dtype) * 2.0**-24).view(like.shape)
+
+    def chunk(self, rows: slice) -> KeyedNoise:
+        return KeyedNoise(self.keys[rows])
+
+
+def chain_keys(seed: int, purpose: str, images: Sequence[int], replicates: range) -> Tensor:
+    """Return one key for each replicate of each image, int64 `[r, b]`.
+
+    A key is the first 64 bits of BLAKE2b over (seed, purpose, image, replicate), so chains of
+    different purposes, images or replicates are independent whatever is run beside them.
+    """
+    return torch.tensor(
+        [[_key(seed, purpose, image, r) for image in images] for r in replicates],
+        dtype=torch.int64,
+    ).view(len(replicates), len(images))
+
+
+def _key(*parts: int | str) -> int:
+    text = "\x1f".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
+
+
+def derive_seed(seed: int, purpose: str) -> int:
+    """Return a seed for one purpose of a run, independent of every other purpose's."""
+    return _key(seed, purpose) & (2**63 - 1)
+
+
+def fresh_seed() -> int:
+    """Return a seed from the operating system's entropy."""
+    return torch.Generator().seed() & (2**63 - 1)
+
+
+def _signed(value: int) -> int:
+    value &= _MASK
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift_xor(z: Tensor, bits: int) -> Tensor:
+    return z.bitwise_xor((z >> bits).bitwise_and_((1 << (64 - bits)) - 1))
+
+
+def _splitmix(z: Tensor) -> Tensor:
+    z = _shift_xor(z, 30).mul_(_signed(_MIX_1))
+    z = _shift_xor(z, 27).mul_(_signed(_MIX_2))
+    return _shift_xor(z, 31)
+
+
+def _box_muller(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    work = torch.promote_types(dtype, torch.float32)
+    # 32 bits round up to 1.0 in float32, whose logarithm is 0: a valid, never infinite, radius.
+    high = ((bits >> 32) & 0xFFFFFFFF).to(work).add_(0.5).mul_(2.0**-32)
+    angle = (bits & 0xFFFFFFFF).to(work).mul_(2.0 * math.pi * 2.0**-32)
+    radius = high.log_().mul_(-2.0).sqrt_()
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1).to(dtype)

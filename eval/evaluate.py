@@ -1,0 +1,125 @@
+"""`evaluate`: how robust is this model, on these images, under this protocol?"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ebm_defense.attacks.base import Attack
+from ebm_defense.defense import PurifiedClassifier, as_defense
+from ebm_defense.errors import UsageError
+from ebm_defense.eval.protocol import Protocol, get_protocol
+from ebm_defense.eval.records import RunFolder, settings_of
+from ebm_defense.eval.report import Report
+from ebm_defense.eval.runner import Job, run
+from ebm_defense.images import check_images, check_labels
+from ebm_defense.noise import chain_keys
+
+DEFAULT_PROTOCOL = "quick"
+DEFAULT_JUDGE_REPLICATES = 150
+
+
+def evaluate(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    protocol: str | Protocol | None = None,
+    *,
+    attacks: Sequence[Attack] | None = None,
+    judge_replicates: int | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+) -> Report:
+    """Measure natural and robust accuracy of a model, judged on fresh random draws.
+
+    Args:
+        model: a `PurifiedClassifier`, or any classifier of [0, 1] images.
+        images: `[N, C, H, W]` float in [0, 1].
+        labels: true classes `[N]`.
+        protocol: a name in `PROTOCOLS` or a `Protocol`; "quick" unless `attacks` are given.
+        attacks: attacks instead of the protocol's.
+        judge_replicates: fresh draws of a verification instead of the protocol's (150 if there is
+            none).
+        seed: seed of every stream; the same command draws the same noise.
+        out: a run folder; a run cut short goes on from its last finished shard of 32 images.
+
+    Returns:
+        The report: tables, per-image records, adversarial images.
+
+    Raises:
+        UsageError: images outside [0, 1] or NaN, labels or shapes the model cannot take, a
+            setting out of range, a folder that cannot be written or holds another run.
+    """
+    chosen = _protocol(protocol, attacks, judge_replicates)
+    check_images(images)
+    check_labels(labels, images)
+    if not len(images):
+        raise UsageError("there are no images to evaluate.")
+    defense = as_defense(model)
+    probe(defense, images, labels)
+    job = Job(defense=defense, images=images, labels=labels, protocol=chosen, seed=seed)
+    settings = settings_of(defense, images, labels, chosen, seed)
+    folder = None if out is None else RunFolder(out, settings)
+    begun = time.perf_counter()
+    (records, adversarial), meter = run(job, folder)
+    report = Report(
+        settings=settings,
+        protocol=chosen,
+        records=records,
+        adversarial=adversarial,
+        chain_steps=meter.steps,
+        seconds=meter.seconds | {"all": time.perf_counter() - begun},
+    )
+    if folder is not None:
+        folder.finish((records, adversarial), {"seconds": report.seconds, "steps": meter.steps})
+        report.save(folder.path)
+    return report
+
+
+def _protocol(
+    protocol: str | Protocol | None, attacks: Sequence[Attack] | None, judge_replicates: int | None
+) -> Protocol:
+    if attacks is not None:
+        if protocol is not None:
+            raise UsageError("give a protocol or attacks, not both.")
+        replicates = DEFAULT_JUDGE_REPLICATES if judge_replicates is None else judge_replicates
+        return Protocol(name="custom", attacks=tuple(attacks), judge_replicates=replicates)
+    named = (
+        protocol if isinstance(protocol, Protocol) else get_protocol(protocol or DEFAULT_PROTOCOL)
+    )
+    if judge_replicates is None:
+        return named
+    return dataclasses.replace(named, judge_replicates=judge_replicates)
+
+
+def probe(defense: PurifiedClassifier, images: Tensor, labels: Tensor) -> None:
+    """Send one image through each model before any long work, and refuse what does not fit.
+
+    Also learns whether a purifier that calls itself deterministic is: a model that answers the
+    same image differently twice gets as many replicates as any other random defense.
+    """
+    keys = chain_keys(0, "probe", [0], range(1))
+    with torch.no_grad():
+        try:
+            logits = defense.replicate_logits(images[:1], keys)[0]
+            again = defense.replicate_logits(images[:1], keys)[0]
+            bare = defense.undefended(images[:1])
+        except UsageError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"the model cannot take images of shape {tuple(images.shape[1:])}: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+    if logits.ndim != 2 or bare.ndim != 2 or logits.shape[1] <= int(labels.max()):
+        raise UsageError(
+            f"the model returned logits of shape {tuple(logits.shape)}, but the labels go up to "
+            f"{int(labels.max())}; it must return [N, classes]."
+        )
+    if not torch.equal(logits, again):
+        defense.purifier.stochastic = True

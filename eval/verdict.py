@@ -1,0 +1,210 @@
+"""Is this image broken? Decided on fresh draws, whatever the attack believes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ebm_defense.attacks.base import Proposal, attack_replicates
+from ebm_defense.attacks.threat import ThreatModel
+from ebm_defense.defense import PurifiedClassifier, as_defense
+from ebm_defense.errors import UsageError
+from ebm_defense.images import check_images, check_labels
+from ebm_defense.noise import chain_keys
+
+STANDS = -1
+Count = Callable[[int], None]
+"""Hears how many chain-steps were just spent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the judge found of each image, all `[b]` but `images`.
+
+    Attributes:
+        stands: whether the defense still classifies it correctly.
+        broken_at: the attack step that broke it; −1 where it stands.
+        votes: share of the judge's last draws on it that were right; NaN where it never drew.
+        images: `[b, C, H, W]`: the image that broke it, or the last one proposed.
+    """
+
+    stands: Tensor
+    broken_at: Tensor
+    votes: Tensor
+    images: Tensor
+
+
+class Judge:
+    """The two-stage rule of Hill, Mitchell, Zhu (2021), on streams the attack never saw.
+
+    A proposal that the attack's own replicates classify wrongly, while its image still stands, is
+    drawn `replicates` times afresh; if their average is wrong too, the image is broken for good.
+
+    Args:
+        defense: what is judged.
+        originals: `[b, C, H, W]` in [0, 1].
+        labels: true classes `[b]`.
+        ids: the images' own numbers, on which the judge's noise depends.
+        threat: proposals are projected onto it before anything else; None for the originals.
+        replicates: fresh draws a verification.
+        seed: the run's seed.
+        purpose: names the streams; two judges of different purposes draw independently.
+        count: hears of every chain-step spent.
+    """
+
+    def __init__(
+        self,
+        defense: PurifiedClassifier,
+        originals: Tensor,
+        labels: Tensor,
+        *,
+        ids: Sequence[int],
+        threat: ThreatModel | None,
+        replicates: int,
+        seed: int,
+        purpose: str,
+        count: Count = lambda steps: None,
+    ) -> None:
+        self.defense, self.originals, self.labels = defense, originals, labels
+        self.ids, self.threat, self.replicates = ids, threat, replicates
+        self.seed, self.purpose, self.count = seed, purpose, count
+        self._stands = torch.ones(len(labels), dtype=torch.bool)
+        self._broken_at = torch.full((len(labels),), STANDS)
+        self._votes = torch.full((len(labels),), float("nan"))
+        self._images = originals.clone()
+
+    def __call__(self, proposal: Proposal) -> Tensor:
+        """Judge a proposal and return which of its images still stand, bool `[b]`."""
+        rows = proposal.rows.cpu()
+        self.count(len(proposal.logits) * len(rows) * self.defense.purifier.chain_steps)
+        images, logits = self._admit(proposal, rows)
+        standing = self._stands[rows]
+        self._images[rows[standing]] = images[standing]
+        suspects = standing & self._wrong(logits, rows)
+        if suspects.any():
+            self._verify(images[suspects], rows[suspects], proposal.step)
+        return self._stands[rows]
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict after everything heard so far."""
+        return Verdict(
+            stands=self._stands.clone(),
+            broken_at=self._broken_at.clone(),
+            votes=self._votes.clone(),
+            images=self._images.clone(),
+        )
+
+    def strike(self, rows: Tensor) -> None:
+        """Count these rows as broken before the attack began (natural errors), at step 0."""
+        self._stands[rows] = False
+        self._broken_at[rows] = 0
+
+    def _admit(self, proposal: Proposal, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Project the proposed images; look again at those that lay outside the threat model."""
+        if self.threat is None:
+            return proposal.images, proposal.logits
+        images = self.threat.project(proposal.images, self.originals[rows])
+        outside = ((images - proposal.images).flatten(1).abs() > 1e-6).any(1)
+        logits = proposal.logits
+        if outside.any():
+            logits = logits.clone()
+            purpose = f"{self.purpose} admit {proposal.step}"
+            logits[:, outside] = self._draw(
+                images[outside], rows[outside], purpose, len(proposal.logits)
+            )
+        return images, logits
+
+    def _verify(self, images: Tensor, rows: Tensor, step: int) -> None:
+        logits = self._draw(images, rows, f"{self.purpose} verify {step}", self.replicates)
+        self._votes[rows] = (logits.argmax(-1) == self.labels[rows]).float().mean(0).cpu()
+        broken = rows[self._wrong(logits, rows)]
+        self._stands[broken] = False
+        self._broken_at[broken] = step
+
+    def _draw(self, images: Tensor, rows: Tensor, purpose: str, replicates: int) -> Tensor:
+        ids = [self.ids[i] for i in rows.tolist()]
+        return draw_logits(self.defense, images, ids, self.seed, purpose, replicates, self.count)
+
+    def _wrong(self, logits: Tensor, rows: Tensor) -> Tensor:
+        refuse_nan(logits, [self.ids[i] for i in rows.tolist()])
+        return (self.defense.combine(logits).argmax(-1) != self.labels[rows]).cpu()
+
+
+def draw_logits(
+    defense: PurifiedClassifier,
+    images: Tensor,
+    ids: Sequence[int],
+    seed: int,
+    purpose: str,
+    replicates: int,
+    count: Count = lambda steps: None,
+) -> Tensor:
+    """Return fresh replicate logits `[r, b, classes]` of images, without a gradient."""
+    keys = chain_keys(seed, purpose, ids, attack_replicates(replicates, defense))
+    with torch.no_grad():
+        logits = defense.replicate_logits(images, keys)
+    count(keys.numel() * defense.purifier.chain_steps)
+    return logits
+
+
+def refuse_nan(logits: Tensor, ids: Sequence[int]) -> None:
+    """Refuse logits that are not finite, naming the images."""
+    bad = ~logits.isfinite().all(-1).all(0)
+    if bad.any():
+        names = ", ".join(str(ids[i]) for i in bad.nonzero().flatten().tolist()[:10])
+        raise UsageError(
+            f"the defense returned NaN or infinite logits for image {names}; no verdict can rest "
+            "on them: lower the purifier's step size, or check the classifier's weights."
+        )
+
+
+def judge_images(
+    model: Callable[[Tensor], Tensor],
+    originals: Tensor,
+    adversarial: Tensor,
+    labels: Tensor,
+    *,
+    threat: ThreatModel,
+    replicates: int = 150,
+    screen: int = 15,
+    seed: int = 0,
+) -> Verdict:
+    """Judge finished adversarial images of any origin, by the two-stage rule.
+
+    Args:
+        model: any classifier of [0, 1] images.
+        originals, adversarial: `[N, C, H, W]` in [0, 1]; the latter are projected first.
+        labels: true classes `[N]`.
+        threat: what the attacker was allowed.
+        replicates: fresh draws a verification.
+        screen: draws of the first look.
+        seed: seed of both streams.
+
+    Raises:
+        UsageError: images outside [0, 1] or NaN, shapes that differ, or replicates below 1.
+    """
+    check_images(originals, name="originals")
+    check_images(adversarial, name="adversarial images")
+    check_labels(labels, originals)
+    if adversarial.shape != originals.shape or min(replicates, screen) < 1:
+        raise UsageError("adversarial images must match the originals, and replicates be ≥ 1.")
+    defense = as_defense(model)
+    ids = range(len(labels))
+    judge = Judge(
+        defense,
+        originals,
+        labels,
+        ids=ids,
+        threat=threat,
+        replicates=replicates,
+        seed=seed,
+        purpose="judge",
+    )
+    projected = threat.project(adversarial, originals)
+    logits = draw_logits(defense, projected, ids, seed, "screen", screen)
+    judge(Proposal(0, torch.arange(len(labels)), projected, logits))
+    return judge.verdict
