@@ -40,12 +40,14 @@ class DataSet:
         classes: the names of the classes, in label order; empty where only the files know.
         splits: which of `SPLITS` it has.
         flip: whether a mirrored image keeps its class.
+        eps: the customary Linf perturbation, in [0, 1] units.
     """
 
     load: Callable[[Path, bool], Images]
     classes: tuple[str, ...] = ()
     splits: tuple[str, ...] = SPLITS
     flip: bool = True
+    eps: float = 8 / 255
 
 
 def load_data(
@@ -241,11 +243,13 @@ _CIFAR10 = (
 _DIGITS = tuple(map(str, range(10)))
 
 DATASETS: dict[str, DataSet] = {
-    "fashion-mnist": DataSet(load=_fashion_mnist, classes=_FASHION),
-    "fashion-mnist-sample": DataSet(load=_fashion_mnist_sample, classes=_FASHION, splits=("test",)),
+    "fashion-mnist": DataSet(load=_fashion_mnist, classes=_FASHION, eps=0.1),
+    "fashion-mnist-sample": DataSet(
+        load=_fashion_mnist_sample, classes=_FASHION, splits=("test",), eps=0.1
+    ),
     "cifar10": DataSet(load=_from_torchvision("CIFAR10", "cifar-10-batches-py"), classes=_CIFAR10),
     "cifar100": DataSet(load=_from_torchvision("CIFAR100", "cifar-100-python")),
     "svhn": DataSet(load=_from_torchvision("SVHN", ""), classes=_DIGITS, flip=False),
-    "digits": DataSet(load=_digits, classes=_DIGITS, flip=False),
+    "digits": DataSet(load=_digits, classes=_DIGITS, flip=False, eps=0.1),
     "folder": DataSet(load=_folder, splits=("test",)),
 }

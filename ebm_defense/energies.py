@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ class ConvEnergy(nn.Module):
         self.settings = s = settings or ConvEnergySettings()
         widths = [s.width * 2**i for i in range(4)]
         layers: list[nn.Module] = [nn.Conv2d(s.channels, widths[0], 3, 1, 1)]
-        for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+        for fan_in, fan_out in pairwise(widths):
             layers += [ACTIVATIONS[s.activation](), nn.Conv2d(fan_in, fan_out, 4, 2, 1)]
         layers += [ACTIVATIONS[s.activation](), nn.Conv2d(widths[-1], 1, s.image_size // 8)]
         self.f = nn.Sequential(*layers)
@@ -113,7 +114,7 @@ class QuadraticEnergy(nn.Module):
 
     Args:
         mean: μ, `[C, H, W]`, in [-1, 1] units.
-        curvature: A, symmetric positive semi-definite `[d, d]` with d = C·H·W, or its diagonal `[d]`.
+        curvature: A, symmetric positive semi-definite `[d, d]`, d = C·H·W, or its diagonal.
     """
 
     def __init__(self, mean: Tensor, curvature: Tensor) -> None:
@@ -131,4 +132,4 @@ class QuadraticEnergy(nn.Module):
 
 def channels_last(module: nn.Module) -> nn.Module:
     """Lay a module's weights out in channels_last, in which its convolutions run fastest."""
-    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

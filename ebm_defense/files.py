@@ -33,7 +33,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def writable_folder(path: str | Path) -> Path:
-    """Create the folder if need be and return it, or raise a `UsageError` if it cannot hold files."""
+    """Make the folder if need be and return it; a `UsageError` if it cannot hold files."""
     folder = Path(path).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -336,7 +336,7 @@ def import_published_cifar10(ebm: Path, clf: Path, folder: str | Path) -> Path:
         folder: where to write; then `load_defense(folder)`.
 
     Raises:
-        UsageError: a file that is missing, damaged, no plain state_dict, or of other keys or shapes.
+        UsageError: a file that is missing, damaged, or of other keys or shapes.
     """
     energy, network = ConvEnergy(), WideResNet()
     load_into(energy, load_tensors(ebm), str(ebm))

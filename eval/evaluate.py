@@ -1,4 +1,4 @@
-"""`evaluate`: how robust is this model, on these images, under this protocol?"""
+"""How robust is this model, on these images, under this protocol."""
 
 from __future__ import annotations
 

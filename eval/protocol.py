@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,20 +57,18 @@ class Budget:
 
 
 def _bpda(name: str, preset: Budget, budget: Budget, transfer: bool) -> Protocol:
-    given = {k: v for k, v in dataclasses.asdict(budget).items() if v is not None}
-    b = dataclasses.replace(preset, **given)
-    assert b.norm and b.eps is not None and b.steps is not None  # a preset names them all
-    assert b.replicates is not None and b.judge_replicates is not None
+    number = {k: v for k, v in dataclasses.asdict(preset).items() if v is not None}
+    number |= {k: v for k, v in dataclasses.asdict(budget).items() if v is not None}
     pgd = PGD(
-        threat=ThreatModel(norm=b.norm, eps=b.eps),
-        steps=b.steps,
-        step_size=b.eps / STEPS_ACROSS_EPS if b.step_size is None else b.step_size,
-        replicates=b.replicates,
+        threat=ThreatModel(norm=number["norm"], eps=number["eps"]),
+        steps=number["steps"],
+        step_size=number.get("step_size", number["eps"] / STEPS_ACROSS_EPS),
+        replicates=number["replicates"],
     )
     attacks: tuple[Attack, ...] = (pgd,)
     if transfer:
-        attacks = (Transfer(attack=pgd, replicates=b.replicates), pgd)
-    return Protocol(name=name, attacks=attacks, judge_replicates=b.judge_replicates)
+        attacks = (Transfer(attack=pgd, replicates=number["replicates"]), pgd)
+    return Protocol(name=name, attacks=attacks, judge_replicates=number["judge_replicates"])
 
 
 def _hill2021(budget: Budget) -> Protocol:
@@ -85,16 +83,18 @@ def _quick(budget: Budget) -> Protocol:
     return _bpda("quick", preset, budget, transfer=False)
 
 
+KINDS: dict[str, type] = {"bpda": PGD, "transfer": Transfer}
 PROTOCOLS: dict[str, Callable[[Budget], Protocol]] = {"quick": _quick, "hill2021": _hill2021}
 
 
-def get_protocol(name: str, **budget: Any) -> Protocol:
+def get_protocol(name: str, only: Sequence[str] | None = None, **budget: Any) -> Protocol:
     """Return a preset, with some of its numbers replaced.
 
     Args:
         name: a name in `PROTOCOLS`.
         **budget: fields of `Budget`: norm, eps, steps, step_size, replicates, judge_replicates.
             A changed number shows in every table's footnote; the name stays.
+        only: run only these attacks, by their names in `KINDS`; all of the preset if not given.
 
     Raises:
         UsageError: an unknown name or number, or one out of range.
@@ -107,7 +107,19 @@ def get_protocol(name: str, **budget: Any) -> Protocol:
             raise UsageError(
                 f"unknown protocol setting {key!r}; it has {', '.join(sorted(known))}."
             )
-    return PROTOCOLS[name](Budget(**budget))
+    protocol = PROTOCOLS[name](Budget(**budget))
+    return protocol if only is None else _select(protocol, only)
+
+
+def _select(protocol: Protocol, only: Sequence[str]) -> Protocol:
+    for kind in only:
+        if kind not in KINDS:
+            raise UsageError(f"unknown attack {kind!r}; choose one of {', '.join(KINDS)}.")
+    wanted = tuple(KINDS[kind] for kind in only)
+    attacks = tuple(a for a in protocol.attacks if isinstance(a, wanted))
+    if not attacks:
+        raise UsageError(f"protocol {protocol.name} has no attack {' or '.join(only)}.")
+    return dataclasses.replace(protocol, attacks=attacks)
 
 
 def describe(value: Any) -> Any:

@@ -144,6 +144,6 @@ def _row(model: str, attack: str, column: str, found: Share) -> dict[str, Any]:
         "accuracy": found.value,
         "low": found.low,
         "high": found.high,
-        "correct": found.count,
+        "correct": found.right,
         "images": found.total,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -12,14 +13,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ebm_defense.attacks.base import Attack, Proposal, attack_replicates
+from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.eval.protocol import Protocol
 from ebm_defense.eval.records import RunFolder, Shard, join
-from ebm_defense.eval.verdict import Judge, draw_logits, refuse_nan
+from ebm_defense.eval.verdict import (
+    Judge,
+    Stream,
+    Verdict,
+    draw_logits,
+    refuse_nan,
+    uncounted,
+)
 from ebm_defense.noise import derive_seed
 from ebm_defense.purifiers import NoPurifier
 
 SHARD = 32
+Columns = dict[str, Sequence[object]]
 
 
 @dataclass(kw_only=True)
@@ -77,6 +87,10 @@ class Job:
     protocol: Protocol
     seed: int
 
+    def stream(self, purpose: str, replicates: int, meter: Meter) -> Stream:
+        """Return a stream of this job's own, for one purpose."""
+        return Stream(self.seed, purpose, replicates, meter.count)
+
     @property
     def bare(self) -> PurifiedClassifier | None:
         """The undefended classifier beside a defended one; None where nothing is defended."""
@@ -113,19 +127,33 @@ def run(job: Job, folder: RunFolder | None, show: bool | None = None) -> tuple[S
     return join(shards), meter
 
 
+class Part(NamedTuple):
+    """Some of a job's images, with their labels and their numbers in the job."""
+
+    images: Tensor
+    labels: Tensor
+    ids: list[int]
+
+
 def run_shard(job: Job, ids: range, meter: Meter) -> Shard:
-    """Evaluate the images of `ids`: clean, undefended, then each attack in the protocol's order."""
-    images, labels = job.images[ids.start : ids.stop], job.labels[ids.start : ids.stop]
-    columns: dict[str, Sequence[object]] = {"image": ids, "label": labels.tolist()}
+    """Evaluate the images of `ids`: undefended, clean, then each attack in the protocol's order."""
+    part = Part(job.images[ids.start : ids.stop], job.labels[ids.start : ids.stop], list(ids))
+    columns: Columns = {"image": part.ids, "label": part.labels.tolist()}
     adversarial: dict[str, Tensor] = {}
     if job.bare is not None:
-        columns |= _undefended(job, job.bare, images, labels, ids, meter)
-    clean, natural = _clean(job, images, labels, ids, meter)
-    columns |= clean
+        meter.enter("undefended")
+        columns |= _undefended(job, job.bare, part, meter)
+    meter.enter("clean")
+    columns |= _clean(job, part, meter)
+    natural = _natural(job, part, meter)
+    columns["natural"] = natural.int().tolist()
     for number, attack in enumerate(job.protocol.attacks):
-        found, proposed = _attack(job, number, attack, images, labels, ids, natural, meter)
-        columns |= found
-        adversarial[attack_column(number, attack)] = proposed
+        meter.enter(attack.name)
+        name = attack_column(number, attack)
+        verdict = _attack(job, name, attack, part, natural, meter)
+        size = attack.threat.size(verdict.images, part.images)
+        columns |= _verdict_columns(name, verdict) | {f"{name}: size": size.tolist()}
+        adversarial[name] = verdict.images
     return pd.DataFrame(columns), adversarial
 
 
@@ -134,89 +162,42 @@ def attack_column(number: int, attack: Attack) -> str:
     return f"{number} {attack.name}"
 
 
-def _undefended(
-    job: Job, bare: PurifiedClassifier, images: Tensor, labels: Tensor, ids: range, meter: Meter
-) -> dict[str, Sequence[object]]:
-    meter.enter("undefended")
+def _undefended(job: Job, bare: PurifiedClassifier, part: Part, meter: Meter) -> Columns:
     with torch.no_grad():
-        right = bare.classifier(images).argmax(-1) == labels
+        right = bare.classifier(part.images).argmax(-1) == part.labels
     attack = job.protocol.attacks[-1]
-    judge = Judge(
-        bare,
-        images,
-        labels,
-        ids=ids,
-        threat=attack.threat,
-        replicates=1,
-        seed=job.seed,
-        purpose="undefended",
-        count=meter.count,
-    )
+    judge = _judge(job, part, "undefended", attack.threat, meter, defense=bare)
     judge.strike((~right).nonzero().flatten())
     seed = derive_seed(job.seed, "undefended")
-    attack.run(bare, images, labels, ids=ids, seed=seed, judge=judge)
+    attack.run(bare, part.images, part.labels, ids=part.ids, seed=seed, judge=judge)
     return {
         "undefended_clean": right.int().tolist(),
         "undefended_attacked": judge.verdict.stands.int().tolist(),
     }
 
 
-def _clean(
-    job: Job, images: Tensor, labels: Tensor, ids: range, meter: Meter
-) -> tuple[dict[str, Sequence[object]], Tensor]:
-    """Natural accuracy, by one stage of H draws and by the published two-stage rule."""
-    meter.enter("clean")
-    draw = (job.defense, images, ids, job.seed)
-    logits = draw_logits(*draw, "clean", job.protocol.judge_replicates, meter.count)
-    refuse_nan(logits, ids)
-    right = job.defense.combine(logits).argmax(-1) == labels
-    replicates = job.protocol.attacks[-1].replicates
-    first = draw_logits(*draw, "natural look", replicates)
-    judge = Judge(
-        job.defense,
-        images,
-        labels,
-        ids=ids,
-        threat=None,
-        replicates=job.protocol.judge_replicates,
-        seed=job.seed,
-        purpose="natural",
-        count=meter.count,
-    )
-    judge(Proposal(0, torch.arange(len(labels)), images, first))
-    natural = judge.verdict.stands
-    votes = (logits.argmax(-1) == labels).float().mean(0)
-    columns: dict[str, Sequence[object]] = {
-        "clean": right.int().tolist(),
-        "clean_votes": votes.tolist(),
-        "natural": natural.int().tolist(),
-    }
-    return columns, natural
+def _clean(job: Job, part: Part, meter: Meter) -> Columns:
+    """Clean accuracy by one stage of H draws."""
+    draws = job.protocol.judge_replicates
+    logits = draw_logits(job.defense, part.images, part.ids, job.stream("clean", draws, meter))
+    refuse_nan(logits, part.ids)
+    right = job.defense.combine(logits).argmax(-1) == part.labels
+    votes = (logits.argmax(-1) == part.labels).float().mean(0)
+    return {"clean": right.int().tolist(), "clean_votes": votes.tolist()}
+
+
+def _natural(job: Job, part: Part, meter: Meter) -> Tensor:
+    """Clean accuracy by the published two-stage rule, which looks again at failures alone."""
+    looks = job.stream("natural look", job.protocol.attacks[-1].replicates, meter)
+    first = draw_logits(job.defense, part.images, part.ids, looks._replace(hear=uncounted))
+    judge = _judge(job, part, "natural", None, meter)
+    return judge(Proposal(0, torch.arange(len(part.labels)), part.images, first))
 
 
 def _attack(
-    job: Job,
-    number: int,
-    attack: Attack,
-    images: Tensor,
-    labels: Tensor,
-    ids: range,
-    natural: Tensor,
-    meter: Meter,
-) -> tuple[dict[str, Sequence[object]], Tensor]:
-    column = attack_column(number, attack)
-    meter.enter(attack.name)
-    judge = Judge(
-        job.defense,
-        images,
-        labels,
-        ids=ids,
-        threat=attack.threat,
-        replicates=job.protocol.judge_replicates,
-        seed=job.seed,
-        purpose=f"attack {column}",
-        count=meter.count,
-    )
+    job: Job, name: str, attack: Attack, part: Part, natural: Tensor, meter: Meter
+) -> Verdict:
+    judge = _judge(job, part, f"attack {name}", attack.threat, meter)
     judge.strike((~natural).nonzero().flatten())
     alive = natural.nonzero().flatten()
 
@@ -225,17 +206,39 @@ def _attack(
 
     attack.run(
         job.defense,
-        images[alive],
-        labels[alive],
-        ids=[ids[i] for i in alive.tolist()],
-        seed=derive_seed(job.seed, f"attack {column}"),
+        part.images[alive],
+        part.labels[alive],
+        ids=[part.ids[i] for i in alive.tolist()],
+        seed=derive_seed(job.seed, f"attack {name}"),
         judge=hear,
     )
-    verdict = judge.verdict
-    columns: dict[str, Sequence[object]] = {
-        f"{column}: stands": verdict.stands.int().tolist(),
-        f"{column}: broken at": verdict.broken_at.tolist(),
-        f"{column}: votes": verdict.votes.tolist(),
-        f"{column}: size": attack.threat.size(verdict.images, images).tolist(),
+    return judge.verdict
+
+
+def _judge(
+    job: Job,
+    part: Part,
+    purpose: str,
+    threat: ThreatModel | None,
+    meter: Meter,
+    defense: PurifiedClassifier | None = None,
+) -> Judge:
+    return Judge(
+        defense or job.defense,
+        part.images,
+        part.labels,
+        ids=part.ids,
+        threat=threat,
+        replicates=job.protocol.judge_replicates,
+        seed=job.seed,
+        purpose=purpose,
+        count=meter.count,
+    )
+
+
+def _verdict_columns(name: str, verdict: Verdict) -> Columns:
+    return {
+        f"{name}: stands": verdict.stands.int().tolist(),
+        f"{name}: broken at": verdict.broken_at.tolist(),
+        f"{name}: votes": verdict.votes.tolist(),
     }
-    return columns, verdict.images

@@ -10,9 +10,9 @@ CONFIDENCE = 0.95
 
 
 class Share(NamedTuple):
-    """`count` of `total` images, and the ends of the share's confidence interval."""
+    """`right` of `total` images, and the ends of the share's confidence interval."""
 
-    count: int
+    right: int
     total: int
     low: float
     high: float
@@ -20,7 +20,7 @@ class Share(NamedTuple):
     @property
     def value(self) -> float:
         """The share itself; NaN of no images."""
-        return self.count / self.total if self.total else float("nan")
+        return self.right / self.total if self.total else float("nan")
 
 
 def share(count: int, total: int, confidence: float = CONFIDENCE) -> Share:

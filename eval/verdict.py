@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,19 @@ from ebm_defense.noise import chain_keys
 STANDS = -1
 Count = Callable[[int], None]
 """Hears how many chain-steps were just spent."""
+
+
+def uncounted(steps: int) -> None:
+    """Hear of chain-steps that are counted elsewhere, or by nobody."""
+
+
+class Stream(NamedTuple):
+    """Fresh draws for one purpose: as many replicates as named, where the defense is random."""
+
+    seed: int
+    purpose: str
+    replicates: int
+    hear: Count = uncounted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +80,7 @@ class Judge:
         replicates: int,
         seed: int,
         purpose: str,
-        count: Count = lambda steps: None,
+        count: Count = uncounted,
     ) -> None:
         self.defense, self.originals, self.labels = defense, originals, labels
         self.ids, self.threat, self.replicates = ids, threat, replicates
@@ -127,7 +141,8 @@ class Judge:
 
     def _draw(self, images: Tensor, rows: Tensor, purpose: str, replicates: int) -> Tensor:
         ids = [self.ids[i] for i in rows.tolist()]
-        return draw_logits(self.defense, images, ids, self.seed, purpose, replicates, self.count)
+        stream = Stream(self.seed, purpose, replicates, self.count)
+        return draw_logits(self.defense, images, ids, stream)
 
     def _wrong(self, logits: Tensor, rows: Tensor) -> Tensor:
         refuse_nan(logits, [self.ids[i] for i in rows.tolist()])
@@ -135,19 +150,14 @@ class Judge:
 
 
 def draw_logits(
-    defense: PurifiedClassifier,
-    images: Tensor,
-    ids: Sequence[int],
-    seed: int,
-    purpose: str,
-    replicates: int,
-    count: Count = lambda steps: None,
+    defense: PurifiedClassifier, images: Tensor, ids: Sequence[int], stream: Stream
 ) -> Tensor:
-    """Return fresh replicate logits `[r, b, classes]` of images, without a gradient."""
-    keys = chain_keys(seed, purpose, ids, attack_replicates(replicates, defense))
+    """Return a stream's replicate logits `[r, b, classes]` of images, without a gradient."""
+    replicates = attack_replicates(stream.replicates, defense)
+    keys = chain_keys(stream.seed, stream.purpose, ids, replicates)
     with torch.no_grad():
         logits = defense.replicate_logits(images, keys)
-    count(keys.numel() * defense.purifier.chain_steps)
+    stream.hear(keys.numel() * defense.purifier.chain_steps)
     return logits
 
 
@@ -177,7 +187,8 @@ def judge_images(
 
     Args:
         model: any classifier of [0, 1] images.
-        originals, adversarial: `[N, C, H, W]` in [0, 1]; the latter are projected first.
+        originals: `[N, C, H, W]` in [0, 1].
+        adversarial: likewise; projected onto the threat model first.
         labels: true classes `[N]`.
         threat: what the attacker was allowed.
         replicates: fresh draws a verification.
@@ -205,6 +216,6 @@ def judge_images(
         purpose="judge",
     )
     projected = threat.project(adversarial, originals)
-    logits = draw_logits(defense, projected, ids, seed, "screen", screen)
+    logits = draw_logits(defense, projected, ids, Stream(seed, "screen", screen))
     judge(Proposal(0, torch.arange(len(labels)), projected, logits))
     return judge.verdict

@@ -112,7 +112,7 @@ class ClassifierTrainer:
             logits = self.classifier(images.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), labels)
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimiser.step()
         return float(loss.detach()) * len(labels), int((logits.argmax(1) == labels).sum())
 
@@ -140,7 +140,7 @@ class ClassifierTrainer:
         save_state(path, state)
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint of `save`, or raise a `UsageError` if it is of another network."""
+        """Go on from a checkpoint of `save`; a `UsageError` if it is of another network."""
         state = load_plain(path)
         try:
             self.classifier.load_state_dict(state["classifier"])

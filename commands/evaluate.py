@@ -1,0 +1,211 @@
+"""`ebm-defense evaluate`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ebm_defense.commands.parts import (
+    Device,
+    make_module,
+    make_purifier,
+    put_on,
+    resolve_device,
+)
+from ebm_defense.data import Images, dataset, load_data
+from ebm_defense.defense import PurifiedClassifier
+from ebm_defense.errors import UsageError
+from ebm_defense.eval import Protocol, Report, evaluate, get_protocol
+from ebm_defense.eval.evaluate import probe
+from ebm_defense.eval.figures import draw_strip, purification_rows
+from ebm_defense.eval.records import default_folder
+from ebm_defense.eval.runner import SHARD, Job, attack_column, planned_steps
+from ebm_defense.files import writable_folder
+from ebm_defense.langevin import LangevinSettings
+from ebm_defense.purifiers import LangevinPurifier, Purifier
+from ebm_defense.weights import load_defense
+
+PICTURED = 8
+TIMED_SECONDS = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Attack a defense, judge it on fresh random draws, and print the table.
+
+    With no options: the shipped Fashion-MNIST defense, on images that ship with it. Numbers that
+    are not given come from the protocol, and eps from the data set's custom.
+    """
+
+    defense: str = "fashion-mnist"
+    """A shipped defense or a folder."""
+    data: str = "fashion-mnist-sample"
+    """Data set."""
+    data_root: Path | None = None
+    """Where the data set lies."""
+    split: str = "test"
+    """train, val or test."""
+    images: int = 40
+    """How many images, a stratified sample."""
+    protocol: str = "quick"
+    """quick or hill2021."""
+    norm: str | None = None
+    """Linf or L2."""
+    eps: float | None = None
+    """Largest perturbation, in [0, 1] pixel units."""
+    steps: int | None = None
+    """Attack steps."""
+    step_size: float | None = None
+    """Attack step, in [0, 1] units; eps/4 if not given."""
+    replicates: int | None = None
+    """Attack replicates."""
+    judge_replicates: int | None = None
+    """Fresh replicates of a verification, and of clean accuracy."""
+    attack: tuple[str, ...] = ()
+    """Run only these of the protocol's attacks: bpda, transfer."""
+    langevin_steps: int | None = None
+    """Langevin steps K, instead of the defense's own."""
+    precision: str = "auto"
+    """Precision of the chains' inner activations: auto, fp32 or bf16."""
+    average: str | None = None
+    """How replicates are averaged: logits, softmax, log_softmax or votes."""
+    classifier: str | None = None
+    """A classifier of your own instead: package.module:factory, [0, 1] images to logits."""
+    classifier_weights: Path | None = None
+    """Its state_dict."""
+    energy: str | None = None
+    """An energy of your own: package.module:factory, [N, C, H, W] in [-1, 1] to [N]."""
+    energy_weights: Path | None = None
+    """Its state_dict."""
+    langevin_step_size: float = 0.01
+    """Step size of the chain on --energy."""
+    temperature: float = 5e-5
+    """Temperature of the chain on --energy."""
+    purifier: str | None = None
+    """Another purifier: a shipped name, a folder, none, gaussian:0.25, jpeg:75, bits:3, tv:0.1,
+    median:3 or package.module:factory."""
+    max_chains: int = 400
+    """Chains that run at a time, which bounds memory."""
+    device: Device = "auto"
+    """Where to compute."""
+    seed: int = 0
+    """Seed of every stream."""
+    out: Path | None = None
+    """Run folder; the same command goes on in it. A new one under runs/ if not given."""
+    dry_run: bool = False
+    """Print chain-steps, expected hours and memory, and stop."""
+
+    def run(self) -> int:
+        """Evaluate, draw, print."""
+        protocol = self._protocol()
+        device = resolve_device(self.device)
+        data = load_data(self.data, self.split, self.images, root=self.data_root)
+        defense = put_on(self._defense(), device)
+        images, labels = data.images.to(device), data.labels.to(device)
+        if self.dry_run:
+            print(plan(defense, Images(images, labels), protocol, self.seed))
+            return 0
+        out = writable_folder(self.out or default_folder())
+        report = evaluate(defense, images, labels, protocol, seed=self.seed, out=out)
+        self._draw(defense, data, report, out)
+        print(f"\n{report.to_text()}\nEverything was saved in {out}")
+        return 0
+
+    def _protocol(self) -> Protocol:
+        eps = dataset(self.data).eps if self.eps is None else self.eps
+        budget = {
+            "norm": self.norm,
+            "eps": eps,
+            "steps": self.steps,
+            "step_size": self.step_size,
+            "replicates": self.replicates,
+            "judge_replicates": self.judge_replicates,
+        }
+        return get_protocol(self.protocol, only=self.attack or None, **budget)
+
+    def _defense(self) -> PurifiedClassifier:
+        chain = {"steps": self.langevin_steps, "precision": self.precision}
+        options = {"max_chains": self.max_chains}
+        if self.average is not None:
+            options["average"] = self.average  # type: ignore[assignment]
+        own = (self.classifier, self.energy, self.purifier)
+        if own == (None, None, None):
+            return load_defense(self.defense, **chain, **options)
+        shipped = None if self.classifier else load_defense(self.defense)
+        classifier = (
+            shipped.classifier
+            if shipped is not None
+            else make_module(self.classifier or "", self.classifier_weights, "classifier")
+        )
+        undefended = None if shipped is None else shipped.undefended
+        return PurifiedClassifier(
+            classifier,
+            self._purifier(),
+            undefended=undefended,
+            **options,  # type: ignore[arg-type]
+        )
+
+    def _purifier(self) -> Purifier:
+        if self.energy is not None and self.purifier is not None:
+            raise UsageError("give --energy or --purifier, not both.")
+        if self.energy is None:
+            return make_purifier(self.purifier or self.defense, self.langevin_steps)
+        steps = LangevinSettings().steps if self.langevin_steps is None else self.langevin_steps
+        energy = make_module(self.energy, self.energy_weights, "energy")
+        return LangevinPurifier(
+            energy, steps, self.langevin_step_size, self.temperature, self.precision
+        )
+
+    def _draw(self, defense: PurifiedClassifier, data: Images, report: Report, out: Path) -> None:
+        number = len(report.protocol.attacks) - 1
+        attacked = report.adversarial[attack_column(number, report.protocol.attacks[number])]
+        chosen = slice(0, min(PICTURED, len(attacked)))
+        device = next(defense.parameters(), attacked).device
+        originals, adversarial = data.images[chosen].to(device), attacked[chosen].to(device)
+        draw_strip(
+            purification_rows(defense, originals, adversarial, self.seed),
+            out / "purification.png",
+            classify=defense.classifier,
+            labels=data.labels[chosen],
+            classes=dataset(self.data).classes,
+            title=f"{report.protocol.attacks[number]!s}",
+        )
+
+
+def plan(defense: PurifiedClassifier, data: Images, protocol: Protocol, seed: int) -> str:
+    """Return what an evaluation will cost, measured on a short piece of it."""
+    probe(defense, data.images, data.labels)
+    job = Job(defense=defense, images=data.images, labels=data.labels, protocol=protocol, seed=seed)
+    steps = planned_steps(job) * len(data.labels)
+    chains = min(defense.max_chains, SHARD * protocol.attacks[-1].replicates)
+    rate = _chain_steps_per_second(defense, data.images, chains)
+    memory = chains * data.images[0].numel() * 4 * 200 / 2**30
+    hours = steps / rate / 3600 if rate else 0.0
+    return (
+        f"protocol {protocol.name}, {len(data.labels)} images\n"
+        f"chain-steps: {steps:,} if every image stands to the end, verifications not counted\n"
+        f"expected time: {hours:.2f} h at {rate:,.0f} chain-steps a second, measured now\n"
+        f"memory: about {memory:.1f} GiB for {chains} chains at a time, besides the program's own"
+    )
+
+
+def _chain_steps_per_second(
+    defense: PurifiedClassifier, images: torch.Tensor, chains: int
+) -> float:
+    if defense.purifier.chain_steps == 0:
+        return 0.0
+    short = defense.purifier
+    assert isinstance(short, LangevinPurifier)
+    few = LangevinPurifier(
+        short.energy, 5, short.settings.step_size, short.settings.temperature, short.precision
+    )
+    batch = images[torch.arange(chains) % len(images)]
+    few(batch)
+    begun, done = time.perf_counter(), 0
+    while time.perf_counter() - begun < TIMED_SECONDS:
+        few(batch)
+        done += 5 * chains
+    return done / (time.perf_counter() - begun)

@@ -1,0 +1,133 @@
+"""`ebm-defense`: finds the command, reads its settings, runs it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ebm_defense.errors import UsageError
+
+USAGE_STATUS = 2
+
+
+class Entry(NamedTuple):
+    """Where a command lives; it is imported only when it is asked for."""
+
+    module: str
+    cls: str
+    summary: str
+
+
+COMMANDS: dict[str, Entry] = {
+    "evaluate": Entry("evaluate", "Evaluate", "attack a defense, judge it, print the table"),
+    "purify": Entry("purify", "Purify", "purify images and draw a film strip of it"),
+    "train-ebm": Entry("train_ebm", "TrainEbm", "learn an energy by maximum likelihood"),
+    "train-classifier": Entry(
+        "train_classifier", "TrainClassifier", "learn a classifier, also on purified images"
+    ),
+    "assemble": Entry("assemble", "Assemble", "put trained parts together into a defense folder"),
+    "checkpoints": Entry("checkpoints", "Checkpoints", "list, verify and import defenses"),
+}
+
+
+def usage() -> str:
+    """Return what `ebm-defense --help` prints."""
+    lines = [f"  {name:<17} {entry.summary}" for name, entry in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: ebm-defense COMMAND [OPTIONS]",
+            "",
+            "Long-run MCMC purification in front of any image classifier, and the honest measure",
+            "of its robustness.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "ebm-defense COMMAND --help lists a command's options; --config FILE.toml holds them.",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return 0, 2 for a user's mistake, 1 for a run that failed, 130 if stopped."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if given[0] == "--version":
+        from ebm_defense import __version__
+
+        print(__version__)
+        return 0
+    try:
+        return _run(given[0], given[1:])
+    except UsageError as error:
+        return _say(error, USAGE_STATUS)
+    except KeyboardInterrupt:
+        return _say("stopped; the same command goes on from the last finished part.", 130)
+
+
+def _run(name: str, rest: list[str]) -> int:
+    if name not in COMMANDS:
+        raise UsageError(f"unknown command {name!r}; choose one of {', '.join(COMMANDS)}.")
+    entry = COMMANDS[name]
+    command = getattr(importlib.import_module(f"ebm_defense.commands.{entry.module}"), entry.cls)
+    try:
+        status: int = parse(command, name, rest).run()
+    except RuntimeError as error:
+        from ebm_defense.learning.energy import DivergedError
+
+        if isinstance(error, DivergedError):
+            return _say(error, 1)
+        raise
+    return status
+
+
+def parse(command: type[Any], name: str, rest: list[str]) -> Any:
+    """Build a command from its options, over the values of `--config FILE` where one is given."""
+    import tyro
+
+    rest, file = _take_config(rest)
+    default = _from_file(command, file) if file else None
+    return tyro.cli(
+        command,
+        prog=f"ebm-defense {name}",
+        args=rest,
+        default=default,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def _take_config(rest: list[str]) -> tuple[list[str], str | None]:
+    for i, word in enumerate(rest):
+        if word.startswith("--config="):
+            return rest[:i] + rest[i + 1 :], word.partition("=")[2]
+        if word == "--config":
+            if i + 1 == len(rest):
+                raise UsageError("--config needs the path of a TOML file.")
+            return rest[:i] + rest[i + 2 :], rest[i + 1]
+    return rest, None
+
+
+def _from_file(command: type[Any], path: str) -> Any:
+    import tomllib
+    from pathlib import Path
+
+    from ebm_defense.settings import from_plain
+
+    try:
+        plain = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"the settings file {path} cannot be read ({error}).") from error
+    return from_plain(command, {k.replace("-", "_"): v for k, v in plain.items()}, path)
+
+
+def _say(message: object, status: int) -> int:
+    print(f"ebm-defense: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

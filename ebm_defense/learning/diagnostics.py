@@ -1,0 +1,81 @@
+"""Pictures and curves that tell a convergent energy from one that is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ebm_defense.files import atomic
+from ebm_defense.langevin import Energy, LangevinSettings, Trace, run_chain
+from ebm_defense.learning.energy import Update
+from ebm_defense.noise import KeyedNoise, chain_keys
+
+LAGS = 50
+
+
+def autocorrelation(values: Sequence[float], lags: int = LAGS) -> list[float]:
+    """Return the autocorrelation of a series at lags 0 to `lags` (fewer if it is short)."""
+    x = np.asarray(values, dtype=np.float64)
+    x = x - x.mean() if len(x) else x
+    scale = float((x * x).sum())
+    if scale == 0.0:
+        return []
+    return [
+        float((x[: len(x) - k] * x[k:]).sum()) / scale for k in range(min(lags, len(x) - 1) + 1)
+    ]
+
+
+def draw_curves(history: Sequence[Update], path: Path) -> None:
+    """Draw d_s, r_s and their autocorrelation (Nijkamp et al. 2019, figure 4) to a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots(2, 2)
+    series = {
+        "d_s: energy difference / T": [u.energy_difference for u in history],
+        "r_s: drift a step": [u.gradient_strength for u in history],
+    }
+    for row, (name, values) in zip(axes, series.items(), strict=True):
+        row[0].plot([u.number for u in history], values, linewidth=0.5)
+        row[0].set(title=name, xlabel="update")
+        row[1].stem(autocorrelation(values[len(values) // 2 :]), markerfmt=" ", basefmt="k-")
+        row[1].set(title="autocorrelation, second half", xlabel="lag")
+    with atomic(path) as partial:
+        figure.savefig(partial, dpi=120)
+
+
+def long_chains(
+    energy: Energy, images: Tensor, settings: LangevinSettings, lengths: Sequence[int], seed: int
+) -> dict[int, Tensor]:
+    """Run chains from `images` `[b, C, H, W]` in [-1, 1] and return them at each length."""
+    trace = Trace()
+    keys = chain_keys(seed, "long chains", range(len(images)), range(1))[0].to(images.device)
+    longest = LangevinSettings(
+        steps=max(lengths), step_size=settings.step_size, temperature=settings.temperature
+    )
+    run_chain(
+        images,
+        KeyedNoise(keys),
+        energy=energy,
+        settings=longest,
+        trace=trace,
+        snapshots={0, *lengths},
+    )
+    return trace.snapshots
+
+
+def save_grid(rows: Sequence[Tensor], path: Path, scale: int = 2) -> None:
+    """Save rows of images in [-1, 1], each `[columns, C, H, W]`, as one picture."""
+    from PIL import Image
+
+    lines = [torch.cat(list(row), dim=2) for row in rows]
+    pixels = ((torch.cat(lines, dim=1).float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+    array = pixels.permute(1, 2, 0).numpy()
+    picture = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+    size = (picture.width * scale, picture.height * scale)
+    with atomic(path) as partial:
+        picture.resize(size, Image.Resampling.NEAREST).save(partial)

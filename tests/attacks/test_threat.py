@@ -1,0 +1,181 @@
+"""Threat models: nothing an attacker does with them leaves them."""
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ebm_defense import UsageError
+from ebm_defense.attacks import ThreatModel
+from ebm_defense.attacks.threat import NORMS, fraction
+from ebm_defense.noise import KeyedNoise
+
+SEEDS = st.integers(0, 2**31)
+NAMES = st.sampled_from(["Linf", "L2"])
+SHAPES = st.tuples(st.integers(1, 3), st.sampled_from([1, 3]), st.integers(1, 6), st.integers(1, 6))
+ROUNDING = 1e-6
+
+
+class Case(NamedTuple):
+    threat: ThreatModel
+    origin: Tensor
+    x: Tensor
+
+
+@st.composite
+def cases(draw) -> Case:
+    """A threat model, originals with pixels on the box's sides, and points near and far."""
+    generator = torch.Generator().manual_seed(draw(SEEDS))
+    shape = draw(SHAPES)
+    origin = (1.4 * torch.rand(shape, generator=generator) - 0.2).clamp(0.0, 1.0)
+    reach = draw(st.floats(0.0, 10.0))
+    x = origin + reach * torch.randn(shape, generator=generator)
+    return Case(ThreatModel(norm=draw(NAMES), eps=draw(st.floats(1e-3, 3.0))), origin, x)
+
+
+def keys(seed: int, count: int) -> Tensor:
+    return torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def obeys(threat: ThreatModel, x: Tensor, origin: Tensor) -> bool:
+    near = threat.size(x, origin) <= threat.eps * (1.0 + ROUNDING) + ROUNDING
+    return bool(near.all()) and float(x.min()) >= 0.0 and float(x.max()) <= 1.0
+
+
+@given(cases())
+def test_a_projection_obeys_the_threat_model(case):
+    assert obeys(case.threat, case.threat.project(case.x, case.origin), case.origin)
+
+
+@given(cases())
+def test_projecting_twice_is_projecting_once(case):
+    once = case.threat.project(case.x, case.origin)
+    torch.testing.assert_close(
+        case.threat.project(once, case.origin), once, rtol=ROUNDING, atol=ROUNDING
+    )
+
+
+@given(cases(), st.floats(0.0, 1.0))
+def test_a_point_within_the_threat_model_stays_where_it_is(case, share):
+    inside = (1.0 - share) * case.origin + share * case.threat.project(case.x, case.origin)
+    torch.testing.assert_close(
+        case.threat.project(inside, case.origin), inside, rtol=ROUNDING, atol=ROUNDING
+    )
+
+
+@given(cases())
+def test_a_linf_projection_is_the_nearest_point(case):
+    eps = case.threat.eps
+    low, high = (case.origin - eps).clamp(min=0.0), (case.origin + eps).clamp(max=1.0)
+    found = ThreatModel(norm="Linf", eps=eps).project(case.x, case.origin)
+    torch.testing.assert_close(found, case.x.clamp(low, high), rtol=ROUNDING, atol=ROUNDING)
+
+
+@given(SEEDS, st.floats(1e-3, 0.1), st.floats(0.2, 50.0))
+def test_an_l2_projection_keeps_the_direction_and_reaches_the_sphere(seed, eps, reach):
+    generator = torch.Generator().manual_seed(seed)
+    origin = torch.full((2, 1, 4, 4), 0.5)
+    delta = torch.randn(origin.shape, generator=generator)
+    delta *= reach / delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    found = ThreatModel(norm="L2", eps=eps).project(origin + delta, origin) - origin
+    torch.testing.assert_close(found, delta * (eps / reach), rtol=1e-4, atol=ROUNDING)
+
+
+@given(cases(), SEEDS, st.floats(1e-3, 10.0))
+def test_a_step_obeys_the_threat_model(case, seed, step_size):
+    x = case.threat.project(case.x, case.origin)
+    gradient = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    assert obeys(case.threat, case.threat.step(x, case.origin, gradient, step_size), case.origin)
+
+
+@given(cases(), SEEDS)
+def test_a_start_obeys_the_threat_model(case, seed):
+    noise = KeyedNoise(keys(seed, len(case.origin)))
+    assert obeys(case.threat, case.threat.random_start(case.origin, noise), case.origin)
+
+
+@given(NAMES, SEEDS, st.permutations(range(4)))
+def test_a_start_depends_on_its_images_key_only(norm, seed, order):
+    threat = ThreatModel(norm=norm, eps=0.1)
+    origin = torch.rand((4, 1, 5, 5), generator=torch.Generator().manual_seed(seed))
+    own = keys(seed, 4)
+    together = threat.random_start(origin, KeyedNoise(own))
+    shuffled = threat.random_start(origin[list(order)], KeyedNoise(own[list(order)]))
+    alone = threat.random_start(origin[:1], KeyedNoise(own[:1]))
+    torch.testing.assert_close(shuffled, together[list(order)], rtol=ROUNDING, atol=ROUNDING)
+    torch.testing.assert_close(alone, together[:1], rtol=ROUNDING, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_starts_of_other_keys_differ(norm):
+    threat, origin = ThreatModel(norm=norm, eps=0.1), torch.full((2, 1, 5, 5), 0.5)
+    first, second = threat.random_start(origin, KeyedNoise(torch.tensor([1, 2])))
+    assert not torch.equal(first, second)
+
+
+def test_linf_starts_are_uniform_in_the_ball():
+    eps, origin = 0.1, torch.full((50, 1, 20, 20), 0.5)
+    start = ThreatModel(eps=eps).random_start(origin, KeyedNoise(keys(0, 50)))
+    scaled = ((start - origin) / eps).flatten().sort().values
+    uniform = torch.linspace(-1.0, 1.0, len(scaled))
+    assert float((scaled - uniform).abs().max()) < 2 * 1.95 / math.sqrt(len(scaled))
+
+
+def test_l2_starts_have_uniform_radii():
+    origin = torch.full((2000, 1, 4, 4), 0.5)
+    threat = ThreatModel(norm="L2", eps=0.2)
+    start = threat.random_start(origin, KeyedNoise(keys(0, 2000)))
+    scaled = (threat.size(start, origin) / threat.eps).sort().values
+    uniform = torch.linspace(0.0, 1.0, len(scaled))
+    assert float((scaled - uniform).abs().max()) < 1.95 / math.sqrt(len(scaled))
+
+
+@given(SHAPES, SEEDS, st.integers(-25, 8))
+def test_the_steepest_l2_direction_has_unit_norm(shape, seed, exponent):
+    # A confident classifier's gradients are as small as its softmax: e^-50 is no rarity.
+    unscaled = 0.1 + torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    size = NORMS["L2"].steepest(unscaled * 10.0**exponent).flatten(1).norm(dim=1)
+    torch.testing.assert_close(size, torch.ones_like(size), rtol=1e-4, atol=1e-4)
+
+
+@given(SHAPES, SEEDS)
+def test_the_steepest_linf_direction_gains_the_l1_norm(shape, seed):
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    gain = (gradient * NORMS["Linf"].steepest(gradient)).flatten(1).sum(1)
+    torch.testing.assert_close(gain, gradient.flatten(1).abs().sum(1))
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_no_gradient_means_no_motion(norm):
+    threat, x = ThreatModel(norm=norm), torch.full((2, 1, 3, 3), 0.5)
+    assert torch.equal(threat.step(x, x, torch.zeros_like(x), 0.1), x)
+
+
+@pytest.mark.parametrize("eps", [0.0, -1 / 255, float("nan"), float("inf")])
+def test_an_impossible_eps_is_refused(eps):
+    with pytest.raises(UsageError, match="eps"):
+        ThreatModel(eps=eps)
+
+
+def test_an_unknown_norm_is_refused_with_the_known_ones():
+    with pytest.raises(UsageError, match="Linf, L2"):
+        ThreatModel(norm="L1")
+
+
+@given(st.integers(1, 255))
+def test_whole_255ths_print_exactly(k):
+    assert fraction(k / 255) == f"{k}/255"
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.5, "0.5"), (0.031, "0.031"), (1e-4, "0.0001")])
+def test_other_distances_print_as_decimals(value, text):
+    assert fraction(value) == text
+
+
+def test_a_threat_model_prints_its_norm_and_eps():
+    assert str(ThreatModel(eps=8 / 255)) == "Linf 8/255"
+    assert str(ThreatModel(norm="L2", eps=0.5)) == "L2 0.5"

@@ -1,0 +1,71 @@
+"""What tests of every folder share."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor, nn
+
+from ebm_defense import LangevinPurifier, PurifiedClassifier, load_data, load_defense
+from ebm_defense.energies import ConvEnergy, ConvEnergySettings
+
+# Time limits would fail on a busy machine, and random examples would fail now and then.
+settings.register_profile("ebm-defense", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ebm-defense"))
+
+
+class TwoClass(nn.Module):
+    """Logits (−g/2, g/2) with the margin g(x) = w·x + b."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def margin(self, x: Tensor) -> Tensor:
+        return (x * self.weight).flatten(1).sum(1) + self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = self.margin(x) / 2.0
+        return torch.stack([-half, half], dim=1)
+
+
+@pytest.fixture(scope="session")
+def two_class():
+    """Make a linear classifier of two classes from its weight `[C, H, W]` and bias."""
+
+    def make(weight: Tensor, bias: float = 0.0) -> TwoClass:
+        return TwoClass(weight, torch.tensor(bias, dtype=weight.dtype))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def langevin_defense():
+    """Make a tiny float64 Langevin defense of 1×8×8 images and three classes, weights random."""
+
+    def make(steps: int = 3, replicates: int = 3, **options) -> PurifiedClassifier:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            energy = ConvEnergy(ConvEnergySettings(channels=1, image_size=8, width=2))
+            classifier = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 3))
+        chain = {"steps": steps, "step_size": 0.1, "temperature": 0.01}
+        purifier = LangevinPurifier(energy.double().requires_grad_(False), **chain)
+        return PurifiedClassifier(
+            classifier.double(), purifier, replicates=replicates, **({"seed": 0} | options)
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sample():
+    """The sample images that ship with the package."""
+    return load_data("fashion-mnist-sample")
+
+
+@pytest.fixture
+def shipped():
+    """Return the defense that ships, with short chains and few replicates for speed."""
+    return load_defense("fashion-mnist", steps=5, replicates=2, seed=0)
