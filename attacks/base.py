@@ -50,6 +50,11 @@ class Attack(Protocol):
         ...
 
     @property
+    def direct(self) -> Attack:
+        """The attack to make on a model without a defense, beside this one."""
+        ...
+
+    @property
     def looks(self) -> int:
         """How many times an image that stands to the end is put before the judge."""
         ...

@@ -55,6 +55,10 @@ class PGD(DirectCall):
         return f"PGD-{self.steps}"
 
     @property
+    def direct(self) -> PGD:
+        return self
+
+    @property
     def looks(self) -> int:
         return self.steps + 1
 

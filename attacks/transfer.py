@@ -19,20 +19,34 @@ from ebm_defense.attacks.base import (
 from ebm_defense.attacks.pgd import PGD
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier, as_defense
+from ebm_defense.errors import UsageError
 from ebm_defense.noise import chain_keys
+
+SOURCES = {"classifier": "its own classifier", "undefended": "the undefended classifier"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer(DirectCall):
-    """The final iterates of an attack on the bare classifier, put before the defense.
+    """The final iterates of an attack on a bare classifier, put before the defense.
 
     Attributes:
-        attack: the attack on the defense's own classifier without its purifier.
+        attack: the attack on the bare classifier.
         replicates: purifications of each final image before it is judged.
+        source: whose images they are, a name in `SOURCES`: "classifier", the defense's own without
+            its purifier, or "undefended", the one that reports show as undefended.
     """
 
     attack: Attack = field(default_factory=PGD)
     replicates: int = 15
+    source: str = "classifier"
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise UsageError(
+                f"transfer comes from {' or '.join(SOURCES)}, not from {self.source!r}."
+            )
+        if self.replicates < 1:
+            raise UsageError(f"replicates must be at least 1, not {self.replicates}.")
 
     @property
     def threat(self) -> ThreatModel:
@@ -40,7 +54,11 @@ class Transfer(DirectCall):
 
     @property
     def name(self) -> str:
-        return f"transfer {self.attack.name}"
+        return f"transfer {self.attack.name} from {SOURCES[self.source]}"
+
+    @property
+    def direct(self) -> Attack:
+        return self.attack.direct
 
     @property
     def looks(self) -> int:
@@ -59,7 +77,7 @@ class Transfer(DirectCall):
         seed: int,
         judge: Judge = lenient,
     ) -> Tensor:
-        bare = as_defense(defense.classifier)
+        bare = as_defense(getattr(defense, self.source))
         x = self.attack.run(bare, images, labels, ids=ids, seed=seed)
         keys = chain_keys(seed, "transfer look", ids, attack_replicates(self.replicates, defense))
         with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -127,26 +128,22 @@ class Evaluate:
         return get_protocol(self.protocol, only=self.attack or None, **budget)
 
     def _defense(self) -> PurifiedClassifier:
-        chain = {"steps": self.langevin_steps, "precision": self.precision}
-        options = {"max_chains": self.max_chains}
+        options: dict[str, Any] = {"max_chains": self.max_chains}
         if self.average is not None:
-            options["average"] = self.average  # type: ignore[assignment]
-        own = (self.classifier, self.energy, self.purifier)
-        if own == (None, None, None):
+            options["average"] = self.average
+        if (self.classifier, self.energy, self.purifier) == (None, None, None):
+            chain = {"steps": self.langevin_steps, "precision": self._chain_precision()}
             return load_defense(self.defense, **chain, **options)
-        shipped = None if self.classifier else load_defense(self.defense)
-        classifier = (
-            shipped.classifier
-            if shipped is not None
-            else make_module(self.classifier or "", self.classifier_weights, "classifier")
-        )
-        undefended = None if shipped is None else shipped.undefended
-        return PurifiedClassifier(
-            classifier,
-            self._purifier(),
-            undefended=undefended,
-            **options,  # type: ignore[arg-type]
-        )
+        if self.classifier is None:
+            shipped = load_defense(self.defense)
+            classifier, undefended = shipped.classifier, shipped.undefended
+        else:
+            classifier = make_module(self.classifier, self.classifier_weights, "classifier")
+            undefended = classifier
+        return PurifiedClassifier(classifier, self._purifier(), undefended=undefended, **options)
+
+    def _chain_precision(self) -> str | None:
+        return None if self.precision == "auto" else self.precision
 
     def _purifier(self) -> Purifier:
         if self.energy is not None and self.purifier is not None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ebm_defense.errors import UsageError
 from ebm_defense.files import load_tensors, write_text
-from ebm_defense.purifiers import Purifier, as_purifier, baseline
+from ebm_defense.purifiers import BASELINES, Purifier, as_purifier, baseline
 from ebm_defense.weights import DEFENSE, load_into, load_purifier, shipped_folder
 
 M = TypeVar("M", bound=nn.Module)
@@ -69,8 +69,8 @@ def make_purifier(spec: str, steps: int | None = None) -> Purifier:
     """
     if (shipped_folder() / spec / DEFENSE).is_file() or (Path(spec) / DEFENSE).is_file():
         return load_purifier(spec, **({} if steps is None else {"steps": steps}))
-    kind, _, rest = spec.partition(":")
-    if (rest and "." in kind) or (":" in spec and rest.isidentifier()):
+    kind, colon, _ = spec.partition(":")
+    if colon and kind not in BASELINES:
         return as_purifier(factory(spec)())
     return baseline(spec)
 

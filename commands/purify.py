@@ -67,7 +67,7 @@ class Purify:
 
     def _read(self, files: list[Path], purifier: Purifier) -> Tensor:
         settings = getattr(getattr(purifier, "energy", None), "settings", None)
-        channels = int(self.channels or getattr(settings, "channels", 3))
+        channels: int = self.channels or getattr(settings, "channels", None) or 3
         images = [read_image(file, channels, self.size) for file in files]
         shapes = {tuple(image.shape[1:]) for image in images}
         wanted = getattr(settings, "image_size", None)

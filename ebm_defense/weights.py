@@ -25,6 +25,7 @@ from ebm_defense.files import load_tensors, save_tensors, writable_folder, write
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.purifiers import GaussianNoise, LangevinPurifier, Purifier
 
+CHAIN_OPTIONS = ("steps", "precision")
 CARD, DEFENSE, SUMS = "README.md", "defense.toml", "SHA256SUMS"
 CLASSIFIER, ENERGY, UNDEFENDED = (
     "classifier.safetensors",
@@ -107,8 +108,8 @@ def load_defense(name: str | Path = "fashion-mnist", **options: Any) -> Purified
 
     Args:
         name: a shipped name or a folder.
-        **options: `steps` and `precision` of the Langevin purifier; the rest goes to
-            `PurifiedClassifier` (replicates, average, max_chains, seed).
+        **options: `steps` and `precision` of the Langevin purifier (None keeps its own); the rest
+            goes to `PurifiedClassifier` (replicates, average, max_chains, seed).
 
     Raises:
         UsageError: no such defense, or a file that is missing, damaged or not the one hashed.
@@ -116,7 +117,7 @@ def load_defense(name: str | Path = "fashion-mnist", **options: Any) -> Purified
     folder = find_folder(name)
     verify(folder)
     settings = read_settings(folder)
-    chain: dict[str, Any] = {k: options.pop(k) for k in ("steps", "precision") if k in options}
+    chain = {k: options.pop(k, None) for k in CHAIN_OPTIONS}
     defaults: dict[str, Any] = {"replicates": settings.replicates, "average": settings.average}
     return PurifiedClassifier(
         _classifier(folder / CLASSIFIER, settings),
@@ -294,12 +295,13 @@ def _energy(path: Path, settings: ConvEnergySettings) -> ConvEnergy:
 
 def _purifier(folder: Path, settings: DefenseSettings, options: dict[str, Any]) -> Purifier:
     if settings.energy is not None and settings.langevin is not None:
-        chain = dataclasses.asdict(settings.langevin) | options
+        given = {k: v for k, v in options.items() if v is not None}
+        chain = dataclasses.asdict(settings.langevin) | given
         return LangevinPurifier(_energy(folder / ENERGY, settings.energy), **chain)
     if settings.noise is None:
         raise UsageError(f"{folder / DEFENSE} names neither an energy with its chain nor a noise.")
     if any(v is not None for v in options.values()):
-        raise UsageError(f"{folder.name} has no Langevin steps or precision to set.")
+        raise UsageError(f"{folder.name} runs no chain, so it has no steps or precision to set.")
     return GaussianNoise(settings.noise)
 
 

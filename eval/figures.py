@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,8 +88,8 @@ def _verdicts(classify: Callable[[Tensor], Tensor], images: Tensor) -> list[int]
         return [int(v) for v in classify(images).argmax(-1)]
 
 
-def _pixels(image: Tensor) -> Tensor:
-    shown = image.detach().float().cpu().clamp(0, 1).permute(1, 2, 0)
+def _pixels(image: Tensor) -> np.ndarray[Any, Any]:
+    shown = image.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
     return shown[..., 0] if shown.shape[-1] == 1 else shown[..., :3]
 
 

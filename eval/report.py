@@ -60,7 +60,7 @@ class Report:
     def _lines(self) -> list[tuple[str, str, str]]:
         lines = []
         if "undefended_clean" in self.records:
-            attack = self.protocol.attacks[-1]
+            attack = self.protocol.attacks[-1].direct
             lines += [
                 ("undefended", "none", "undefended_clean"),
                 ("undefended", attack.name, "undefended_attacked"),
@@ -92,7 +92,8 @@ class Report:
 
     def to_markdown(self) -> str:
         """Return the table and its caption as Markdown."""
-        return f"{self._printable().to_markdown(index=False)}\n\n{self.caption()}\n"
+        table = self._printable().to_markdown(index=False, disable_numparse=True)
+        return f"{table}\n\n{self.caption()}\n"
 
     def to_latex(self) -> str:
         """Return the table as LaTeX with booktabs, its caption included."""

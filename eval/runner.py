@@ -165,7 +165,7 @@ def attack_column(number: int, attack: Attack) -> str:
 def _undefended(job: Job, bare: PurifiedClassifier, part: Part, meter: Meter) -> Columns:
     with torch.no_grad():
         right = bare.classifier(part.images).argmax(-1) == part.labels
-    attack = job.protocol.attacks[-1]
+    attack = job.protocol.attacks[-1].direct
     judge = _judge(job, part, "undefended", attack.threat, meter, defense=bare)
     judge.strike((~right).nonzero().flatten())
     seed = derive_seed(job.seed, "undefended")

@@ -13,17 +13,23 @@ def describe_attack(attack: Attack) -> str:
     """Return one sentence that says exactly what an attack does."""
     if isinstance(attack, Transfer):
         return (
-            f"{attack.name.capitalize()}: final iterates of {attack.attack.name} on the bare "
-            f"classifier, {attack.threat}, first seen through {attack.replicates} replicates."
+            f"{attack.name[0].upper()}{attack.name[1:]}: its final iterates, "
+            f"{_steps(attack.attack)}, first seen through {attack.replicates} replicates."
         )
     if isinstance(attack, PGD):
-        start = "random start" if attack.random_start else "no random start"
         return (
-            f"{attack.name}: {attack.threat}, {attack.steps} steps of "
-            f"{fraction(attack.step_size)}, {start}, {attack.gradient.name} gradient, "
+            f"{attack.name}: {_steps(attack)}, {attack.gradient.name} gradient, "
             f"{attack.replicates} replicates a step."
         )
     return f"{attack.name}: {attack.threat}, {attack.replicates} replicates a look."
+
+
+def _steps(attack: Attack) -> str:
+    if not isinstance(attack, PGD):
+        return str(attack.threat)
+    start = "random start" if attack.random_start else "no random start"
+    size = fraction(attack.step_size)
+    return f"{attack.threat}, {attack.steps} steps of {size}, {start}"
 
 
 def describe_purifier(settings: dict[str, Any]) -> str:

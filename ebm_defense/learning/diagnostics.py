@@ -22,8 +22,8 @@ def autocorrelation(values: Sequence[float], lags: int = LAGS) -> list[float]:
     x = np.asarray(values, dtype=np.float64)
     x = x - x.mean() if len(x) else x
     scale = float((x * x).sum())
-    if scale == 0.0:
-        return []
+    if scale == 0.0:  # a constant or empty series knows only itself
+        return [1.0]
     return [
         float((x[: len(x) - k] * x[k:]).sum()) / scale for k in range(min(lags, len(x) - 1) + 1)
     ]
@@ -69,10 +69,15 @@ def long_chains(
 
 
 def save_grid(rows: Sequence[Tensor], path: Path, scale: int = 2) -> None:
-    """Save rows of images in [-1, 1], each `[columns, C, H, W]`, as one picture."""
+    """Save rows of images in [-1, 1], each `[columns, C, H, W]`, as one picture.
+
+    A row shorter than the longest is filled with black.
+    """
     from PIL import Image
 
-    lines = [torch.cat(list(row), dim=2) for row in rows]
+    columns = max(len(row) for row in rows)
+    blank = torch.full_like(rows[0][0], -1.0)
+    lines = [torch.cat([*row, *[blank] * (columns - len(row))], dim=2) for row in rows]
     pixels = ((torch.cat(lines, dim=1).float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
     array = pixels.permute(1, 2, 0).numpy()
     picture = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)

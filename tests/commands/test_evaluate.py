@@ -1,0 +1,157 @@
+"""`ebm-defense evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+SMALL = ("--data", "digits", "--images", 6, "--steps", 2, "--replicates", 2)
+
+
+def small(defense: Path, out: Path, *more: object) -> tuple[object, ...]:
+    return ("evaluate", "--defense", defense, *SMALL, "--judge-replicates", 3, "--out", out, *more)
+
+
+def test_a_run_prints_the_table_and_keeps_everything(run, tiny_defense, tmp_path) -> None:
+    out = tmp_path / "run"
+    status, printed, _ = run(*small(tiny_defense, out))
+    assert status == 0
+    for word in ("undefended", "defended", "BPDA", "Linf 0.1", "3 Langevin steps", str(out)):
+        assert word in printed
+    kept = {p.name for p in out.iterdir()}
+    assert kept >= {
+        "adversarial.safetensors",
+        "environment.toml",
+        "purification.png",
+        "records.csv",
+        "settings.toml",
+        "table.csv",
+        "table.md",
+        "table.tex",
+    }
+    assert len(pd.read_csv(out / "records.csv")) == 6
+    with Image.open(out / "purification.png") as picture:
+        assert picture.width > 300
+
+
+def test_the_same_command_twice_gives_the_same_records(run, tiny_defense, tmp_path) -> None:
+    for name in ("a", "b"):
+        assert run(*small(tiny_defense, tmp_path / name))[0] == 0
+    for file in ("records.csv", "adversarial.safetensors", "table.csv", "settings.toml"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_a_folder_of_another_run_is_never_overwritten(run, tiny_defense, tmp_path) -> None:
+    out = tmp_path / "run"
+    assert run(*small(tiny_defense, out))[0] == 0
+    before = (out / "records.csv").read_bytes()
+    status, _, err = run(*small(tiny_defense, out, "--seed", 1))
+    assert status == 2
+    assert "seed" in err
+    assert (out / "records.csv").read_bytes() == before
+
+
+def test_dry_run_prints_the_cost_and_writes_nothing(run, tiny_defense, tmp_path) -> None:
+    out = tmp_path / "run"
+    status, printed, _ = run(*small(tiny_defense, out, "--dry-run"))
+    assert status == 0
+    # 6 images × 3 Langevin steps × (3 clean + 2 natural + (2 attack steps + start) × 2 replicates)
+    assert f"chain-steps: {6 * 3 * (3 + 2 + 3 * 2):,}" in printed
+    assert "expected time" in printed
+    assert "memory" in printed
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "purifier", ["none", "gaussian:0.1", "jpeg:75", "bits:3", "tv:0.1", "median:3"]
+)
+def test_every_baseline_is_evaluated(run, tiny_defense, tmp_path, purifier: str) -> None:
+    status, printed, _ = run(*small(tiny_defense, tmp_path / "run", "--purifier", purifier))
+    assert status == 0
+    assert "PGD-2" in printed
+
+
+OWN_PARTS = """
+import torch
+from torch import nn
+
+class Linear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1))
+
+class Bowl(nn.Module):
+    def forward(self, x):
+        return x.square().flatten(1).sum(1)
+
+def blur():
+    return nn.AvgPool2d(3, 1, 1)
+
+number = 3
+"""
+
+
+@pytest.fixture
+def own_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "ownparts.py").write_text(OWN_PARTS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def test_a_users_own_parts(run, own_parts: Path) -> None:
+    import torch
+    from torch import nn
+
+    weights = own_parts / "linear.pt"
+    torch.save({f"linear.{k}": v for k, v in nn.Linear(64, 10).state_dict().items()}, weights)
+    own = ("--classifier", "ownparts:Linear", "--classifier-weights", weights)
+    energy = ("--energy", "ownparts:Bowl", "--langevin-steps", 4, "--temperature", 1.0)
+    head = ("evaluate", *SMALL, "--judge-replicates", 3)
+    status, printed, _ = run(*head, *own, *energy, "--out", own_parts / "energy")
+    assert status == 0
+    assert "4 Langevin steps" in printed
+    blur = ("--purifier", "ownparts:blur")
+    assert run(*head, *own, *blur, "--out", own_parts / "blur")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--eps", 0), "eps must be above 0"),
+        (("--replicates", 0), "replicates ≥ 1"),
+        (("--judge-replicates", 0), "at least 1"),
+        (("--norm", "L7"), "unknown norm 'L7'"),
+        (("--data", "nowhere"), "unknown data set 'nowhere'"),
+        (("--protocol", "nothing"), "unknown protocol 'nothing'"),
+        (("--attack", "magic"), "unknown attack 'magic'"),
+        (("--defense", "nothing"), "no defense 'nothing'"),
+        (("--data", "fashion-mnist-sample"), "cannot take images of shape (1, 28, 28)"),
+        (("--purifier", "magic"), "unknown purifier 'magic'"),
+        (("--purifier", "jpeg:fine"), "number"),
+        (("--classifier", "nocolon"), "package.module:factory"),
+        (("--classifier", "ownparts:Nothing"), "cannot be imported"),
+        (("--classifier", "ownparts:number"), "not callable"),
+        (("--energy", "ownparts:Bowl", "--purifier", "none"), "not both"),
+        (("--precision", "fp8"), "precision"),
+        (("--out", "/proc/nowhere"), "cannot be written"),
+        (("--langevin-steps", -1), "0 or more"),
+    ],
+)
+def test_mistakes_are_named_and_exit_with_2(run, tiny_defense, own_parts, words, said) -> None:
+    status, _, err = run(*small(tiny_defense, own_parts / "run", *words))
+    assert status == 2
+    assert said in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_cuda_asked_for_and_absent(run, tiny_defense, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    status, _, err = run(*small(tiny_defense, tmp_path / "run", "--device", "cuda"))
+    assert status == 2
+    assert "CUDA" in err

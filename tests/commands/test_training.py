@@ -1,0 +1,137 @@
+"""The commands that make a defense, one after another, and `purify` and `checkpoints`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+ENERGY = (
+    *("train-ebm", "--data", "digits", "--images", 60, "--width", 2, "--bank", 30, "--batch", 10),
+    *("--langevin-steps", 2, "--checkpoint-every", 2, "--pictures-every", 4),
+    *("--chain-lengths", 1, 3),
+)
+CLASSIFIER = (
+    *("train-classifier", "--data", "digits", "--images", 100, "--widen", 1, "--batch", 20),
+)
+SHAPE = ("--image-size", 8, "--width", 2, "--widen", 1, "--steps", 3, "--data", "digits")
+
+
+def test_train_ebm_resumes_exactly_and_draws(run, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(*ENERGY, "--updates", 4, "--out", whole)[0] == 0
+    # The learning rate's cosine knows the end, so the interrupted run has the same end.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ebm_defense.commands.train_ebm.TrainEbm._draw", stop_after(2))
+        assert run(*ENERGY, "--updates", 4, "--out", parts, "--pictures-every", 2)[0] == 130
+    resume = ("--config", parts / "settings.toml", "--resume", "--pictures-every", 4)
+    assert run("train-ebm", *resume)[0] == 0
+    one, other = (load_file(folder / "energy.safetensors") for folder in (whole, parts))
+    assert all(np.array_equal(one[k].numpy(), other[k].numpy()) for k in one)
+    assert (whole / "history.csv").read_bytes() == (parts / "history.csv").read_bytes()
+    pictures = {p.name for p in (whole / "pictures").iterdir()}
+    assert pictures == {"bank-0000004.png", "chains-0000004.png", "curves.png"}
+
+
+def stop_after(updates: int):
+    def draw(command, trainer, out) -> None:
+        if trainer.done == updates:
+            raise KeyboardInterrupt
+
+    return draw
+
+
+def test_a_second_run_in_the_same_folder_needs_resume(run, tmp_path: Path) -> None:
+    assert run(*ENERGY, "--updates", 1, "--out", tmp_path)[0] == 0
+    status, _, err = run(*ENERGY, "--updates", 1, "--out", tmp_path)
+    assert status == 2
+    assert "--resume" in err
+
+
+def test_divergence_stops_with_a_sentence_and_keeps_the_checkpoint(run, tmp_path: Path) -> None:
+    assert run(*ENERGY, "--updates", 2, "--out", tmp_path)[0] == 0
+    wild = ("--updates", 9, "--step-size", 90.0, "--resume", "--out", tmp_path)
+    status, _, err = run(*ENERGY, *wild)
+    assert status == 1
+    assert "diverged" in err
+    assert (tmp_path / "checkpoint.pt").exists()
+
+
+def test_from_training_to_a_defense(run, tmp_path: Path) -> None:
+    energy, plain, tuned = tmp_path / "energy", tmp_path / "plain", tmp_path / "tuned"
+    assert run(*ENERGY, "--updates", 2, "--out", energy)[0] == 0
+    assert run(*CLASSIFIER, "--epochs", 1, "--out", plain)[0] == 0
+    parts = ("--energy", energy / "energy.safetensors", *SHAPE)
+    first = ("assemble", "--classifier", plain / "classifier.safetensors", *parts)
+    assert run(*first, "--out", tmp_path / "first")[0] == 0
+    purified = ("--purified", tmp_path / "first", "--init", plain / "classifier.safetensors")
+    assert run(*CLASSIFIER, *purified, "--epochs", 1, "--out", tuned)[0] == 0
+    again = run(*CLASSIFIER, *purified, "--epochs", 2, "--out", tuned, "--resume")
+    assert again[0] == 0
+    assert (tuned / "purified").is_dir()
+    second = (
+        *("assemble", "--classifier", tuned / "classifier.safetensors", *parts),
+        *("--undefended", plain / "classifier.safetensors", "--out", tmp_path / "second"),
+    )
+    assert run(*second)[0] == 0
+    assert run("checkpoints", "verify", tmp_path / "second")[0] == 0
+
+
+def test_train_classifier_on_a_baseline(run, tmp_path: Path) -> None:
+    words = ("--purified", "gaussian:0.2", "--copies", 2, "--epochs", 2, "--out", tmp_path)
+    assert run(*CLASSIFIER, *words)[0] == 0
+    assert not (tmp_path / "purified").exists()
+
+
+def test_assemble_wants_one_purifier(run, tmp_path: Path) -> None:
+    words = ("--classifier", tmp_path / "none.safetensors", "--out", tmp_path / "d")
+    assert run("assemble", *words)[0] == 2
+
+
+def write_images(folder: Path, size: int, count: int = 3) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        pixels = rng.integers(0, 255, (size, size), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"image{i}.png")
+    return folder
+
+
+def test_purify_writes_images_and_a_film_strip(run, tiny_defense, tmp_path: Path) -> None:
+    folder, out = write_images(tmp_path / "in", 8), tmp_path / "out"
+    status, printed, _ = run("purify", folder, "--purifier", tiny_defense, "--out", out)
+    assert status == 0
+    assert "3 purified images" in printed
+    names = {p.name for p in out.iterdir()}
+    assert names == {"image0.png", "image1.png", "image2.png", "film_strip.png"}
+    with Image.open(out / "image0.png") as purified, Image.open(folder / "image0.png") as original:
+        assert purified.size == original.size
+        assert np.asarray(purified).std() > 0
+        assert not np.array_equal(np.asarray(purified), np.asarray(original))
+
+
+def test_purify_names_mistakes(run, tiny_defense, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "in", 9)
+    words = ("--purifier", tiny_defense, "--out", tmp_path / "out")
+    status, _, err = run("purify", folder, *words)
+    assert status == 2
+    assert "8x8" in err
+    assert run("purify", folder, *words, "--size", 8)[0] == 0
+    assert run("purify", tmp_path / "nowhere", *words)[0] == 2
+    assert run("purify", folder, "--purifier", "jpeg:75", "--out", folder)[0] == 2
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    assert "no image" in run("purify", tmp_path / "broken.png", *words)[2]
+    (tmp_path / "empty").mkdir()
+    assert "no images there" in run("purify", tmp_path / "empty", *words)[2]
+
+
+def test_checkpoints_lists_and_verifies_what_ships(run) -> None:
+    status, listed, _ = run("checkpoints", "list")
+    assert status == 0
+    assert "fashion-mnist" in listed
+    assert run("checkpoints", "verify")[0] == 0
+    assert run("checkpoints", "import", "something")[0] == 2
+    assert run("checkpoints", "import", "ebm-defense-cifar10")[0] == 2
