@@ -19,6 +19,7 @@ from ebm_defense import load_data, load_defense
 from ebm_defense.attacks import PGD, ThreatModel, Transfer
 from ebm_defense.eval import Protocol, Report, evaluate, get_protocol
 from ebm_defense.files import writable_folder, write_text
+from ebm_defense.memory import keep_freed_memory
 
 EPS = 0.1
 DEFENSES = ("fashion-mnist", "fashion-mnist-smooth", "fashion-mnist-gaussian")
@@ -64,6 +65,7 @@ def main() -> int:
     parser.add_argument("--part", choices=PARTS, nargs="*", default=list(PARTS))
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
     given = parser.parse_args()
+    keep_freed_memory()
     folder = writable_folder(given.out)
     reports = [(n, p, measure(n, p, folder)) for p in given.part for n in given.only]
     text = markdown(reports)

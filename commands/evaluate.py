@@ -24,6 +24,7 @@ from ebm_defense.eval.evaluate import probe
 from ebm_defense.eval.figures import draw_strip, purification_rows
 from ebm_defense.eval.records import default_folder
 from ebm_defense.eval.runner import SHARD, Job, attack_column, planned_steps
+from ebm_defense.eval.wording import describe_attack
 from ebm_defense.files import writable_folder
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.purifiers import LangevinPurifier, Purifier
@@ -168,7 +169,7 @@ class Evaluate:
             classify=defense.classifier,
             labels=data.labels[chosen],
             classes=dataset(self.data).classes,
-            title=f"{report.protocol.attacks[number]!s}",
+            title=describe_attack(report.protocol.attacks[number]),
         )
 
 

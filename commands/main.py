@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ebm_defense.errors import UsageError
+from ebm_defense.memory import keep_freed_memory
 
 USAGE_STATUS = 2
 
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
+    keep_freed_memory()
     try:
         return _run(given[0], given[1:])
     except UsageError as error:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ebm_defense.attacks import ThreatModel
+from ebm_defense.attacks.training import TrainingPerturbation
 from ebm_defense.classifiers import WideResNet, WideResNetSettings, normalized
 from ebm_defense.commands.parts import Device, make_purifier, resolve_device, write_settings
 from ebm_defense.data import Images, dataset, load_data
@@ -66,6 +68,10 @@ class TrainClassifier:
     """SGD's weight decay."""
     padding: int = 2
     """Pixels of a random shift."""
+    adversarial_eps: float | None = None
+    """Adversarial training: Linf perturbations this large, around the (purified) images."""
+    adversarial_steps: int = 2
+    """Gradient steps of those perturbations."""
     copies: int = 1
     """How many differently purified copies of the images the epochs cycle through."""
     precision: str = "auto"
@@ -105,7 +111,9 @@ class TrainClassifier:
         held_out = self._validation()
         classifier = self._classifier(train, len(dataset(self.data).classes)).to(device)
         images = train.images if purifier is None else self._copies(train.images, purifier, out)
-        trainer = ClassifierTrainer(classifier, images, train.labels, recipe, self.precision)
+        trainer = ClassifierTrainer(
+            classifier, images, train.labels, recipe, self.precision, self._perturb()
+        )
         if self.resume:
             trainer.load(out / CHECKPOINT)
         write_settings(out, self)
@@ -115,6 +123,12 @@ class TrainClassifier:
             )
         self._learn(trainer, held_out, out)
         return 0
+
+    def _perturb(self) -> TrainingPerturbation | None:
+        if self.adversarial_eps is None:
+            return None
+        threat = ThreatModel(norm="Linf", eps=self.adversarial_eps)
+        return TrainingPerturbation(threat=threat, steps=self.adversarial_steps)
 
     def _validation(self) -> Images:
         everything = load_data(self.data, "val", root=self.data_root)

@@ -20,6 +20,10 @@ Copies = Callable[[int], Tensor]
 """copy number → the training images as the classifier shall see them, `[N, C, H, W]` in [0, 1]."""
 
 
+Perturb = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
+"""(classifier, images, labels, generator) → images to train on: adversarial training."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClassifierRecipe:
     """How a classifier is learned: SGD with momentum, one rise and a cosine fall of the rate.
@@ -63,7 +67,16 @@ class Epoch(NamedTuple):
 
 
 class ClassifierTrainer:
-    """Learns `classifier` (on [0, 1] images) in place; iterate `run()` and look at each `Epoch`."""
+    """Learns `classifier` in place; iterate `run()` and look at each `Epoch`.
+
+    Args:
+        classifier: on [0, 1] images.
+        images: `[N, C, H, W]`, or a function from the number of a copy to them.
+        labels: true classes `[N]`.
+        recipe: all settings.
+        precision: of the network's inner activations.
+        perturb: changes every batch before it is learned, for adversarial training.
+    """
 
     def __init__(
         self,
@@ -72,9 +85,11 @@ class ClassifierTrainer:
         labels: Tensor,
         recipe: ClassifierRecipe,
         precision: str = "auto",
+        perturb: Perturb | None = None,
     ) -> None:
         self.classifier, self.labels, self.recipe = classifier, labels, recipe
         self.copies: Copies = (lambda _: images) if isinstance(images, Tensor) else images
+        self.perturb = perturb
         self.device = next(classifier.parameters()).device
         self.bf16 = resolve_precision(precision, self.device, torch.float32) == "bf16"
         self.generator = torch.Generator().manual_seed(recipe.seed)
@@ -109,12 +124,21 @@ class ClassifierTrainer:
     def _step(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
         images, labels = images.to(self.device), labels.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            images = self._perturbed(images, labels)
             logits = self.classifier(images.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), labels)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self.optimiser.step()
         return float(loss.detach()) * len(labels), int((logits.argmax(1) == labels).sum())
+
+    def _perturbed(self, images: Tensor, labels: Tensor) -> Tensor:
+        if self.perturb is None:
+            return images
+        self.classifier.eval()  # batch statistics belong to the step that learns
+        perturbed = self.perturb(self.classifier, images, labels, self.generator)
+        self.classifier.train()
+        return perturbed
 
     def _schedule(self, share: float) -> None:
         r = self.recipe
