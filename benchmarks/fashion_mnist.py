@@ -29,11 +29,11 @@ RESULTS = Path(__file__).parent / "results"
 
 def transfer() -> Protocol:
     """Clean accuracy, and PGD-40 images made on either bare classifier, in one pass."""
-    pgd = PGD(threat=ThreatModel(eps=EPS), steps=40, step_size=EPS / 4, replicates=8)
+    pgd = PGD(threat=ThreatModel(eps=EPS), steps=40, step_size=EPS / 4)
     attacks = tuple(
-        Transfer(attack=pgd, replicates=8, source=source) for source in ("undefended", "classifier")
+        Transfer(attack=pgd, replicates=4, source=source) for source in ("undefended", "classifier")
     )
-    return Protocol(name="transfer", attacks=attacks, judge_replicates=24)
+    return Protocol(name="transfer", attacks=attacks, judge_replicates=16)
 
 
 def bpda() -> Protocol:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ebm_defense._torchvision import torchvision
 from ebm_defense.errors import UsageError
+from ebm_defense.files import atomic
 
 SPLITS = ("train", "val", "test")
 SPLIT_SEED = 20_210_501
@@ -64,7 +64,8 @@ def load_data(
         name: a name in `DATASETS`, or "folder" with `root` an ImageFolder tree.
         split: "train", "val" (a fixed stratified twelfth of the training half, which "train"
             leaves out) or "test".
-        limit: how many images; class shares are kept to within one image.
+        limit: how many images; class shares are kept to within one image
+            (nearly, where the classes differ in size).
         root: the data folder; see `data_roots` for where else is looked.
         seed: which sample `limit` draws.
 
@@ -105,7 +106,10 @@ def cache_folder() -> Path:
 
 
 def stratified_order(labels: Tensor, seed: int) -> Tensor:
-    """Order indices so that every prefix holds the classes in their shares, to within one."""
+    """Order indices so that every prefix holds the classes in their shares.
+
+    To within one image where classes are of one size, nearly so where they are not.
+    """
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)
     rank = torch.zeros(len(labels), dtype=torch.float64)
@@ -138,16 +142,16 @@ def _find_root(name: str, root: str | Path | None) -> Path:
     return data_roots(root)[0]
 
 
-def _from_torchvision(cls: str, folder: str, **options: Any) -> Callable[[Path, bool], Images]:
+def _from_torchvision(cls: str) -> Callable[[Path, bool], Images]:
     def load(root: Path, train: bool) -> Images:
         constructor = getattr(torchvision("datasets"), cls)
         half = {"split": "train" if train else "test"} if cls == "SVHN" else {"train": train}
         for place in [root, *data_roots()]:
             try:
-                return _tensors(constructor(str(place), download=False, **half, **options))
+                return _tensors(constructor(str(place), download=False, **half))
             except RuntimeError:
                 continue  # torchvision's word for "not found or corrupted"
-        return _tensors(_download(constructor, root, cls, half | options))
+        return _tensors(_download(constructor, root, cls, half))
 
     return load
 
@@ -175,8 +179,9 @@ def _tensors(data: Any) -> Images:
 
 
 def _fashion_mnist(root: Path, train: bool) -> Images:
-    load = _from_torchvision("FashionMNIST", "FashionMNIST")
-    if DEBIAN_FASHION_MNIST.is_dir() and not (root / "FashionMNIST" / "raw").is_dir():
+    load = _from_torchvision("FashionMNIST")
+    own = root != cache_folder() and (root / "FashionMNIST" / "raw").is_dir()
+    if DEBIAN_FASHION_MNIST.is_dir() and not own:
         _unpack_debian(cache_folder() / "FashionMNIST" / "raw")
         return load(cache_folder(), train)
     return load(root, train)
@@ -189,10 +194,13 @@ def _unpack_debian(raw: Path) -> None:
         target = raw / packed.stem
         if target.exists():
             continue
-        partial = target.with_suffix(f".partial{os.getpid()}")
-        with gzip.open(packed) as source, partial.open("wb") as sink:
-            shutil.copyfileobj(source, sink)
-        partial.replace(target)
+        try:
+            with atomic(target) as partial, gzip.open(packed) as source:
+                partial.write_bytes(source.read())
+        except (OSError, EOFError) as error:
+            raise UsageError(
+                f"{packed} cannot be unpacked ({error}); reinstall dataset-fashion-mnist."
+            ) from error
 
 
 def _fashion_mnist_sample(root: Path, train: bool) -> Images:
@@ -247,9 +255,9 @@ DATASETS: dict[str, DataSet] = {
     "fashion-mnist-sample": DataSet(
         load=_fashion_mnist_sample, classes=_FASHION, splits=("test",), eps=0.1
     ),
-    "cifar10": DataSet(load=_from_torchvision("CIFAR10", "cifar-10-batches-py"), classes=_CIFAR10),
-    "cifar100": DataSet(load=_from_torchvision("CIFAR100", "cifar-100-python")),
-    "svhn": DataSet(load=_from_torchvision("SVHN", ""), classes=_DIGITS, flip=False),
+    "cifar10": DataSet(load=_from_torchvision("CIFAR10"), classes=_CIFAR10),
+    "cifar100": DataSet(load=_from_torchvision("CIFAR100")),
+    "svhn": DataSet(load=_from_torchvision("SVHN"), classes=_DIGITS, flip=False),
     "digits": DataSet(load=_digits, classes=_DIGITS, flip=False, eps=0.1),
     "folder": DataSet(load=_folder, splits=("test",)),
 }

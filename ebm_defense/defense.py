@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def mean_logits(logits: Tensor) -> Tensor:
 
 def mean_softmax(logits: Tensor) -> Tensor:
     """Return the logarithm of the mean softmax over replicates."""
-    return logits.log_softmax(-1).logsumexp(0) - torch.log(torch.tensor(float(len(logits))))
+    return logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
 
 
 def mean_log_softmax(logits: Tensor) -> Tensor:
@@ -136,7 +137,7 @@ class PurifiedClassifier(nn.Module):
             logits = [checkpoint(self.classifier, p, use_reentrant=False) for p in parts]
         else:
             logits = [self.classifier(p) for p in parts]
-        return torch.cat(logits).view(*purified.shape[:2], -1)
+        return torch.cat(logits).unflatten(0, purified.shape[:2])
 
     def replicate_logits(self, images: Tensor, keys: Tensor) -> Tensor:
         """Return logits `[r, b, classes]` of images purified with the noise of `keys` `[r, b]`."""

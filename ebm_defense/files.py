@@ -99,7 +99,8 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a state_dict as safetensors, atomically."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
+    packed = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
     with atomic(path) as partial:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial)
+        partial.write_bytes(packed)

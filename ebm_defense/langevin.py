@@ -40,9 +40,9 @@ class LangevinSettings:
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise UsageError(f"Langevin steps must be 0 or more, not {self.steps}.")
-        if not self.step_size > 0:
+        if not 0 < self.step_size < float("inf"):
             raise UsageError(f"step_size must be above 0, not {self.step_size}.")
-        if not self.temperature > 0:
+        if not 0 < self.temperature < float("inf"):
             raise UsageError(f"temperature must be above 0, not {self.temperature}.")
 
     @property
@@ -102,9 +102,19 @@ def energy_and_gradient(
                 f"an energy must return one number an image, shape {tuple(x.shape[:1])}, "
                 f"but this one returned shape {tuple(value.shape)}."
             )
-        # A contiguous ones_like: an expanded gradient would lose channels_last on the way back.
-        (gradient,) = torch.autograd.grad(value, x, torch.ones_like(value))
+        gradient = _input_gradient(value, x)
     return value.detach(), gradient
+
+
+def _input_gradient(value: Tensor, x: Tensor) -> Tensor:
+    gradient = None
+    if value.requires_grad:
+        # A contiguous ones_like: an expanded gradient would lose channels_last on the way back.
+        ones = torch.ones_like(value)
+        (gradient,) = torch.autograd.grad(value, x, ones, allow_unused=True)
+    if gradient is None:
+        raise UsageError("an energy must depend on its images, but this one has no gradient.")
+    return gradient
 
 
 def langevin_step(

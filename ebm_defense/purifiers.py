@@ -155,7 +155,7 @@ class GaussianNoise(Purifier):
 
     def __init__(self, std: float) -> None:
         super().__init__()
-        if not std >= 0:
+        if not 0 <= std < float("inf"):
             raise UsageError(f"the noise's standard deviation must be 0 or more, not {std}.")
         self.std = std
 
@@ -236,7 +236,7 @@ class MedianFilter(ArrayPurifier):
 
     def __init__(self, size: float) -> None:
         super().__init__()
-        if size < 1 or size != int(size):
+        if not 1 <= size < float("inf") or size != int(size):
             raise UsageError(f"the median window must be a whole number from 1, not {size}.")
         self.size = int(size)
 
@@ -260,7 +260,7 @@ class ForeignPurifier(Purifier):
     def purify(self, images: Tensor, noise: Noise) -> Tensor:
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(_seed_from(noise, images))
-            purified = self.transform(images)
+            purified = self.transform(images.clone())
         if purified.shape != images.shape:
             raise UsageError(
                 f"a purifier must keep the images' shape {tuple(images.shape)}, but this one "

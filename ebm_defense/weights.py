@@ -1,7 +1,7 @@
 """Defenses on disk: load, verify, save and import weights.
 
-A defense is a folder: `defense.toml` says what it is made of, `*.safetensors` hold the weights,
-`README.md` is the model card, and `SHA256SUMS` vouches for them all.
+A defense is a folder: `defense.toml` says what it is made of, `*.safetensors` hold the weights, and
+`SHA256SUMS` vouches for them; the shipped ones have a model card, `README.md`, beside them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ebm_defense.langevin import LangevinSettings
 from ebm_defense.purifiers import GaussianNoise, LangevinPurifier, Purifier
 
 CHAIN_OPTIONS = ("steps", "precision")
-CARD, DEFENSE, SUMS = "README.md", "defense.toml", "SHA256SUMS"
+DEFENSE, SUMS = "defense.toml", "SHA256SUMS"
 CLASSIFIER, ENERGY, UNDEFENDED = (
     "classifier.safetensors",
     "energy.safetensors",
@@ -174,7 +174,11 @@ def verify(folder: Path) -> None:
     Raises:
         UsageError: a file is missing, not listed or differs.
     """
-    for name, digest in _sums(folder).items():
+    sums = _sums(folder)
+    for name in _listed(folder):
+        if name not in sums:
+            raise UsageError(f"{folder / name} is not listed in {SUMS}; save the defense again.")
+    for name, digest in sums.items():
         file = folder / name
         if not file.is_file():
             raise UsageError(f"{file} is missing; restore it, or save the defense again.")
@@ -200,9 +204,13 @@ def sha256(path: Path) -> str:
 
 
 def write_sums(folder: Path) -> None:
-    """List the SHA-256 of a folder's settings, weights and card, as sha256sum does."""
-    names = [DEFENSE, *(p.name for p in sorted(folder.glob("*.safetensors")))]
-    write_text(folder / SUMS, "".join(f"{sha256(folder / n)}  {n}\n" for n in names))
+    """List the SHA-256 of a folder's settings and weights, as sha256sum does."""
+    lines = [f"{sha256(folder / name)}  {name}\n" for name in _listed(folder)]
+    write_text(folder / SUMS, "".join(lines))
+
+
+def _listed(folder: Path) -> list[str]:
+    return [DEFENSE, *sorted(p.name for p in folder.glob("*.safetensors"))]
 
 
 def save_defense(
@@ -312,7 +320,7 @@ def load_into(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
         UsageError: keys missing, unknown, or of another shape; the first is named.
     """
     wanted = module.state_dict()
-    for key in wanted.keys() | state.keys():
+    for key in dict.fromkeys([*wanted, *state]):
         if key not in state:
             raise UsageError(f"{name} lacks {key}: these are weights of another architecture.")
         if key not in wanted:

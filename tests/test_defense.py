@@ -130,14 +130,26 @@ def replicate_logits() -> torch.Tensor:
     return 3 * torch.randn(6, 5, CLASSES, generator=seeded(2), dtype=torch.float64)
 
 
-def test_the_four_averages_equal_their_definitions():
+def test_logits_are_averaged():
+    z = replicate_logits()
+    torch.testing.assert_close(mean_logits(z), sum(z) / 6)
+
+
+def test_log_softmaxes_are_averaged():
     z = replicate_logits()
     p = z.exp() / z.exp().sum(-1, keepdim=True)
-    torch.testing.assert_close(mean_logits(z), sum(z) / 6)
     torch.testing.assert_close(mean_log_softmax(z), sum(p.log()) / 6)
-    # rtol of float64, not of float32: nothing on the way may lose digits.
+
+
+def test_softmaxes_are_averaged_with_all_the_digits_of_the_logits():
+    z = replicate_logits()
+    p = z.exp() / z.exp().sum(-1, keepdim=True)
     torch.testing.assert_close(mean_softmax(z), (sum(p) / 6).log(), rtol=1e-12, atol=1e-12)
-    counts = torch.stack([(z.argmax(-1) == c).sum(0) for c in range(CLASSES)], dim=-1)
+
+
+def test_votes_are_counted():
+    z = replicate_logits()
+    counts = torch.stack([(z.argmax(-1) == c).sum(0) for c in range(CLASSES)], dim=-1).double()
     shares = (counts + 1e-3) / (6 + CLASSES * 1e-3)
     torch.testing.assert_close(votes(z), shares.log())
 

@@ -171,7 +171,7 @@ class ClassifierTrainer:
             self.optimiser.load_state_dict(state["optimiser"])
             self.generator.set_state(state["generator"])
             self.history = [Epoch(int(n), loss, a) for n, loss, a in state["history"].tolist()]
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UsageError(f"{path} is no checkpoint of this classifier: {error}") from error
 
 

@@ -65,6 +65,8 @@ class EnergyRecipe:
             )
         if not 0 <= self.rejuvenation <= 1 or not 0 <= self.average < 1:
             raise UsageError("rejuvenation must lie in [0, 1] and average in [0, 1).")
+        if self.langevin.steps < 1:
+            raise UsageError("the Langevin steps between two updates must be at least 1.")
         if self.updates < 1 or (self.sgd_from is not None and self.sgd_from < 1):
             raise UsageError("updates and sgd_from must be at least 1.")
 
@@ -205,9 +207,11 @@ class EnergyTrainer:
             self.history = [Update(int(n), d, r) for n, d, r in rows]
             self.optimiser = self._optimiser()
             self.optimiser.load_state_dict(state["optimiser"])
+            if state["bank"].shape != self.bank.shape:
+                raise ValueError(f"its bank has shape {tuple(state['bank'].shape)}")
             self.bank = state["bank"]
             self.generator.set_state(state["generator"])
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UsageError(
                 f"{path} is no checkpoint of this network and recipe: {error}"
             ) from error

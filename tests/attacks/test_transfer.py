@@ -29,6 +29,14 @@ def test_transfer_proposes_the_bare_classifiers_adversarial_images(langevin_defe
     assert proposal.logits.shape == (5, 4, 3)
 
 
+def test_transfer_may_come_from_the_undefended_classifier(langevin_defense, two_class):
+    undefended = two_class(torch.ones((1, 8, 8), dtype=torch.float64), -32.0)
+    defense, (images, labels) = langevin_defense(undefended=undefended), images_and_labels()
+    transfer = Transfer(attack=ATTACK, source="undefended")
+    expected = ATTACK(undefended, images, labels % 2, seed=4)
+    assert torch.equal(transfer(defense, images, labels % 2, seed=4), expected)
+
+
 def test_transfer_never_purifies_while_it_attacks(two_class, counting_purifier):
     images, labels = images_and_labels()
     classifier = two_class(torch.ones((1, 8, 8), dtype=torch.float64), -32.0)
@@ -39,6 +47,7 @@ def test_transfer_never_purifies_while_it_attacks(two_class, counting_purifier):
     assert transfer.chain_steps(defense) == 3 * counting_purifier.chain_steps
 
 
-def test_transfer_without_replicates_is_refused():
-    with pytest.raises(UsageError):
-        Transfer(attack=ATTACK, replicates=0)
+@pytest.mark.parametrize("wrong", [{"replicates": 0}, {"source": "defense"}])
+def test_impossible_settings_are_refused(wrong):
+    with pytest.raises(UsageError, match=str(next(iter(wrong.values())))):
+        Transfer(attack=ATTACK, **wrong)

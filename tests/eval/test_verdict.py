@@ -90,7 +90,10 @@ def test_an_image_that_is_broken_stays_broken():
     moved = THREAT.project(originals - 0.1, originals)
     court(proposal(moved, WRONG, step=3))
     assert court(proposal(originals, RIGHT, step=4)).tolist() == [False]
+    assert court(proposal(originals, WRONG, step=5)).tolist() == [False]
+    assert court(proposal(moved - 0.01, WRONG, step=6)).tolist() == [False]
     assert court.verdict.broken_at.tolist() == [3]
+    assert court.verdict.votes.tolist() == [0.0]
     assert torch.equal(court.verdict.images, moved)
 
 
