@@ -2,6 +2,7 @@
 
     python benchmarks/fashion_mnist.py            # everything; hours on two CPU cores
     python benchmarks/fashion_mnist.py --only fashion-mnist --part transfer
+    python benchmarks/fashion_mnist.py --bpda-images 96
 
 Each defense is measured twice on stratified test images: clean and under transfer on 1,000, and
 under the BPDA+EOT attack of protocol hill2021 at this data set's eps 0.1 on 200. Runs resume.
@@ -44,11 +45,11 @@ def bpda() -> Protocol:
 PARTS = {"transfer": transfer, "bpda": bpda}
 
 
-def measure(name: str, part: str, folder: Path) -> Report:
+def measure(name: str, part: str, images: int, folder: Path) -> Report:
     """Run one part on one defense, or read it from its finished shards."""
-    images, labels = load_data("fashion-mnist", "test", IMAGES[part])
-    defense = load_defense(name, seed=0)
-    return evaluate(defense, images, labels, PARTS[part](), seed=0, out=folder / f"{name}-{part}")
+    data = load_data("fashion-mnist", "test", images)
+    out = folder / f"{name}-{part}-{images}"
+    return evaluate(load_defense(name, seed=0), *data, PARTS[part](), seed=0, out=out)
 
 
 def line(report: Report, name: str) -> pd.DataFrame:
@@ -64,10 +65,12 @@ def main() -> int:
     parser.add_argument("--only", choices=DEFENSES, nargs="*", default=DEFENSES)
     parser.add_argument("--part", choices=PARTS, nargs="*", default=list(PARTS))
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--bpda-images", type=int, default=IMAGES["bpda"])
     given = parser.parse_args()
     keep_freed_memory()
     folder = writable_folder(given.out)
-    reports = [(n, p, measure(n, p, folder)) for p in given.part for n in given.only]
+    images = IMAGES | {"bpda": given.bpda_images}
+    reports = [(n, p, measure(n, p, images[p], folder)) for p in given.part for n in given.only]
     text = markdown(reports)
     print(text)
     if set(given.only) == set(DEFENSES) and set(given.part) == set(PARTS):
