@@ -103,4 +103,4 @@ class PGD(DirectCall):
         if not self.random_start:
             return images.clone()
         keys = chain_keys(seed, "random start", ids, range(1))[0]
-        return self.threat.random_start(images, KeyedNoise(keys))
+        return self.threat.random_start(images, KeyedNoise(keys.to(images.device)))

@@ -78,7 +78,7 @@ class Purify:
         return torch.stack(images)
 
     def _purify(self, purifier: Purifier, images: Tensor) -> Tensor:
-        keys = chain_keys(self.seed, "purify", range(len(images)), range(1))[0]
+        keys = chain_keys(self.seed, "purify", range(len(images)), range(1))[0].to(images.device)
         parts = zip(images.split(BATCH), keys.split(BATCH), strict=True)
         with torch.no_grad():
             try:

@@ -125,7 +125,8 @@ class PurifiedClassifier(nn.Module):
         Returns:
             `[r, b, C, H, W]`; the gradient to `images` is the identity, summed over replicates.
         """
-        parts = [self.purifier(images[i], noise=KeyedNoise(k)) for i, k in self._chunks(keys)]
+        chunks = self._chunks(keys.to(images.device))
+        parts = [self.purifier(images[rows], noise=KeyedNoise(k)) for rows, k in chunks]
         flat = torch.cat(parts) if parts else images.new_empty((0, *images.shape[1:]))
         return flat.view(*keys.shape, *images.shape[1:])
 

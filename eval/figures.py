@@ -27,7 +27,7 @@ def film_strip(purifier: LangevinPurifier, images: Tensor, seed: int = 0) -> Str
     """Purify images and return them after K = 0, 10, 50, … steps, one replicate each."""
     steps = purifier.settings.steps
     moments = sorted({k for k in MOMENTS if k < steps} | {steps})
-    keys = chain_keys(seed, "film strip", range(len(images)), range(1))[0]
+    keys = chain_keys(seed, "film strip", range(len(images)), range(1))[0].to(images.device)
     trace = Trace()
     purifier.purify(images, KeyedNoise(keys), trace=trace, snapshots=moments)
     return [(f"K = {k}", (trace.snapshots[k] + 1.0) / 2.0) for k in moments]

@@ -114,15 +114,16 @@ class Judge:
 
     def strike(self, rows: Tensor) -> None:
         """Count these rows as broken before the attack began (natural errors), at step 0."""
-        self._stands[rows] = False
-        self._broken_at[rows] = 0
+        struck = rows.cpu()
+        self._stands[struck] = False
+        self._broken_at[struck] = 0
 
     def _admit(self, proposal: Proposal, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Project the proposed images; look again at those that lay outside the threat model."""
         if self.threat is None:
             return proposal.images, proposal.logits
         images = self.threat.project(proposal.images, self.originals[rows])
-        outside = ((images - proposal.images).flatten(1).abs() > 1e-6).any(1)
+        outside = ((images - proposal.images).flatten(1).abs() > 1e-6).any(1).cpu()
         logits = proposal.logits
         if outside.any():
             logits = logits.clone()

@@ -1,0 +1,72 @@
+"""The defenses that ship."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ebm_defense import load_data, load_defense, load_energy, load_purifier
+from ebm_defense.noise import KeyedNoise, chain_keys
+from ebm_defense.weights import shipped, shipped_folder, verify
+
+NAMES = ["fashion-mnist", "fashion-mnist-gaussian", "fashion-mnist-smooth"]
+
+
+def test_these_ship_each_with_a_card_and_hashes() -> None:
+    assert [s.name for s in shipped()] == NAMES
+    for name, settings in shipped():
+        verify(shipped_folder() / name)
+        assert settings.description
+        card = (shipped_folder() / name / "README.md").read_text(encoding="utf-8")
+        assert all(word in card for word in ("Recipe", "Data", "Licence", "ebm-defense train-"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_defense_classifies_the_sample(name: str) -> None:
+    images, labels = load_data("fashion-mnist-sample", limit=100)
+    defense = load_defense(name, replicates=2, seed=0)
+    with torch.no_grad():
+        right = (defense(images).argmax(-1) == labels).float().mean()
+        undefended = (defense.undefended(images).argmax(-1) == labels).float().mean()
+    # 82% and 92% on 1,000 test images; four standard errors of 100 images below.
+    assert right > 0.66
+    assert undefended > 0.80
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "fashion-mnist-smooth"])
+def test_bf16_chains_purify_as_fp32_ones_do(name: str) -> None:
+    """Same noise: means and spreads agree to within a margin well under their own size.
+
+    The margins are what is shown, not what could not be rejected: half a grey level in the mean
+    image, 2% in the spread around it, and half a temperature-unit standard error in the energy.
+    """
+    images, _ = load_data("fashion-mnist-sample", limit=100)
+    noise = KeyedNoise(chain_keys(0, "precision", range(100), range(1))[0])
+    energy = load_energy(name)
+    ends = {}
+    for precision in ("fp32", "bf16"):
+        purifier = load_purifier(name, precision=precision)
+        ends[precision] = purifier.purify(images, noise)
+    exact, fast = ends["fp32"], ends["bf16"]
+    assert (fast.mean() - exact.mean()).abs() < 0.5 / 255
+    assert (fast - images).std() / (exact - images).std() == pytest.approx(1.0, abs=0.02)
+    with torch.no_grad():
+        difference = energy(fast * 2 - 1) - energy(exact * 2 - 1)
+        spread = energy(exact * 2 - 1).std()
+    assert difference.mean().abs() < 0.1 * spread
+
+
+def test_the_smooth_energy_has_curvature_and_the_published_shape_has_none() -> None:
+    x = load_data("fashion-mnist-sample", limit=2).images * 2 - 1
+    largest = {}
+    for name in ("fashion-mnist", "fashion-mnist-smooth"):
+        energy = load_energy(name)
+        x = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(energy(x).sum(), x, create_graph=True)
+        product = torch.zeros_like(x)
+        if gradient.requires_grad:
+            (found,) = torch.autograd.grad(gradient, x, torch.ones_like(x), allow_unused=True)
+            product = product if found is None else found
+        largest[name] = float(product.abs().max())
+    assert largest["fashion-mnist"] == 0.0
+    assert largest["fashion-mnist-smooth"] > 0.0
