@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ebm_defense.attacks.losses import Loss
 from ebm_defense.defense import PurifiedClassifier
+from ebm_defense.errors import UsageError
 
 
 class Look(NamedTuple):
@@ -64,6 +65,10 @@ class Identity:
         with torch.enable_grad():
             purified.requires_grad_()
             logits = defense.classify_replicates(purified)
+            if not logits.requires_grad:
+                raise UsageError(
+                    "the model has no gradient to attack with; use an attack that needs none."
+                )
             (gradient,) = torch.autograd.grad(loss(logits, labels).sum(), purified)
         return Look(gradient.sum(0), logits.detach())
 

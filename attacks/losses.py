@@ -35,4 +35,8 @@ class CrossEntropy:
             raise UsageError(f"a loss averages {', '.join(allowed)}, not {self.average!r}.")
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(AVERAGES[self.average](logits), labels, reduction="none")
+        averaged = AVERAGES[self.average](logits)
+        if self.average == "logits":
+            return F.cross_entropy(averaged, labels, reduction="none")
+        # A mean of log-probabilities need not be normalised again; that would be another loss.
+        return F.nll_loss(averaged, labels, reduction="none")

@@ -44,7 +44,10 @@ def _l2_project(delta: Tensor, eps: float) -> Tensor:
 
 
 def _l2_steepest(gradient: Tensor) -> Tensor:
-    return gradient / _per_image(_l2_size(gradient).clamp_min(_TINY))
+    # Scaled first, so that the squares of tiny gradients do not vanish.
+    tiny = torch.finfo(gradient.dtype).tiny
+    scaled = gradient / _per_image(gradient.flatten(1).abs().amax(1).clamp_min(tiny))
+    return scaled / _per_image(_l2_size(scaled).clamp_min(_TINY))
 
 
 def _l2_start(like: Tensor, eps: float, noise: KeyedNoise) -> Tensor:

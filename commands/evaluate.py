@@ -20,8 +20,8 @@ from ebm_defense.data import Images, dataset, load_data
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.eval import Protocol, Report, evaluate, get_protocol
-from ebm_defense.eval.evaluate import probe
 from ebm_defense.eval.figures import draw_strip, purification_rows
+from ebm_defense.eval.probe import probe
 from ebm_defense.eval.records import default_folder
 from ebm_defense.eval.runner import SHARD, Job, attack_column, planned_steps
 from ebm_defense.eval.wording import describe_attack

@@ -7,18 +7,17 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ebm_defense.attacks.base import Attack
-from ebm_defense.defense import PurifiedClassifier, as_defense
+from ebm_defense.defense import as_defense
 from ebm_defense.errors import UsageError
+from ebm_defense.eval.probe import probe
 from ebm_defense.eval.protocol import Protocol, get_protocol
 from ebm_defense.eval.records import RunFolder, settings_of
 from ebm_defense.eval.report import Report
 from ebm_defense.eval.runner import Job, run
 from ebm_defense.images import check_images, check_labels
-from ebm_defense.noise import chain_keys
 
 DEFAULT_PROTOCOL = "quick"
 DEFAULT_JUDGE_REPLICATES = 150
@@ -95,31 +94,3 @@ def _protocol(
     if judge_replicates is None:
         return named
     return dataclasses.replace(named, judge_replicates=judge_replicates)
-
-
-def probe(defense: PurifiedClassifier, images: Tensor, labels: Tensor) -> None:
-    """Send one image through each model before any long work, and refuse what does not fit.
-
-    Also learns whether a purifier that calls itself deterministic is: a model that answers the
-    same image differently twice gets as many replicates as any other random defense.
-    """
-    keys = chain_keys(0, "probe", [0], range(1))
-    with torch.no_grad():
-        try:
-            logits = defense.replicate_logits(images[:1], keys)[0]
-            again = defense.replicate_logits(images[:1], keys)[0]
-            bare = defense.undefended(images[:1])
-        except UsageError:
-            raise
-        except (RuntimeError, ValueError) as error:
-            raise UsageError(
-                f"the model cannot take images of shape {tuple(images.shape[1:])}: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
-    if logits.ndim != 2 or bare.ndim != 2 or logits.shape[1] <= int(labels.max()):
-        raise UsageError(
-            f"the model returned logits of shape {tuple(logits.shape)}, but the labels go up to "
-            f"{int(labels.max())}; it must return [N, classes]."
-        )
-    if not torch.equal(logits, again):
-        defense.purifier.stochastic = True

@@ -20,6 +20,7 @@ from ebm_defense.errors import UsageError
 from ebm_defense.eval.protocol import Protocol, describe
 from ebm_defense.files import load_tensors, save_tensors, writable_folder, write_text
 from ebm_defense.purifiers import LangevinPurifier
+from ebm_defense.weights import sha256
 
 SETTINGS, ENVIRONMENT, RECORDS = "settings.toml", "environment.toml", "records.csv"
 ADVERSARIAL = "adversarial.safetensors"
@@ -117,8 +118,7 @@ class RunFolder:
     def _claim(self, settings: dict[str, Any]) -> None:
         file, text = self.path / SETTINGS, tomli_w.dumps(settings)
         if not file.exists():
-            foreign = [p for p in self.path.iterdir() if p.name != "shards"]
-            if foreign:
+            if any(self.path.iterdir()):
                 raise UsageError(
                     f"{self.path} is not empty and holds no run of ours; name another folder."
                 )
@@ -131,17 +131,23 @@ class RunFolder:
 
     def load_shard(self, start: int) -> Shard | None:
         """Return the shard that begins with image `start`, or None if it is not finished."""
-        records, images = self._files(start)
-        # The records are written last, so they vouch for the images.
-        if not records.exists():
+        records, images, sums = self._files(start)
+        if not sums.exists():
             return None
-        return _read_records(records), load_tensors(images)
+        for file, digest in zip((records, images), sums.read_text().split(), strict=False):
+            if not file.exists() or sha256(file) != digest:
+                raise UsageError(
+                    f"{file} is damaged or was changed; delete {sums} to run that shard again."
+                )
+        return pd.read_csv(records), load_tensors(images)
 
     def save_shard(self, start: int, shard: Shard) -> None:
         """Keep a finished shard."""
-        records, images = self._files(start)
+        records, images, sums = self._files(start)
         save_tensors(images, shard[1])
         write_text(records, shard[0].to_csv(index=False))
+        # Written last: it vouches for both, and without it the shard is not finished.
+        write_text(sums, f"{sha256(records)} {sha256(images)}\n")
 
     def finish(self, shard: Shard, times: dict[str, Any]) -> None:
         """Write the whole run's records, adversarial images and environment."""
@@ -149,8 +155,13 @@ class RunFolder:
         save_tensors(self.path / ADVERSARIAL, shard[1])
         write_text(self.path / ENVIRONMENT, tomli_w.dumps(environment() | {"run": times}))
 
-    def _files(self, start: int) -> tuple[Path, Path]:
-        return self.shards / f"{start:06d}.csv", self.shards / f"{start:06d}.safetensors"
+    def _files(self, start: int) -> tuple[Path, Path, Path]:
+        stem = f"{start:06d}"
+        return (
+            self.shards / f"{stem}.csv",
+            self.shards / f"{stem}.safetensors",
+            self.shards / f"{stem}.sha256",
+        )
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -158,15 +169,6 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is damaged ({error}); name another folder.") from error
-
-
-def _read_records(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise UsageError(
-            f"{path} is damaged ({error}); delete it to run that shard again."
-        ) from error
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -13,6 +13,7 @@ from ebm_defense.attacks.base import Proposal, attack_replicates
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
+from ebm_defense.eval.probe import probe
 from ebm_defense.images import check_images, check_labels
 from ebm_defense.noise import chain_keys
 
@@ -120,6 +121,7 @@ class Judge:
 
     def _admit(self, proposal: Proposal, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Project the proposed images; look again at those that lay outside the threat model."""
+        check_images(proposal.images, slack=float("inf"), name="the attack's images")
         if self.threat is None:
             return proposal.images, proposal.logits
         images = self.threat.project(proposal.images, self.originals[rows])
@@ -205,6 +207,8 @@ def judge_images(
     if adversarial.shape != originals.shape or min(replicates, screen) < 1:
         raise UsageError("adversarial images must match the originals, and replicates be ≥ 1.")
     defense = as_defense(model)
+    if len(labels):
+        probe(defense, originals, labels)
     ids = range(len(labels))
     judge = Judge(
         defense,

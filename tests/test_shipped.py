@@ -38,7 +38,7 @@ def test_bf16_chains_purify_as_fp32_ones_do(name: str) -> None:
     """Same noise: means and spreads agree to within a margin well under their own size.
 
     The margins are what is shown, not what could not be rejected: half a grey level in the mean
-    image, 2% in the spread around it, and half a temperature-unit standard error in the energy.
+    image, 2% in the spread around it, and a tenth of the spread of energies in their mean.
     """
     images, _ = load_data("fashion-mnist-sample", limit=100)
     noise = KeyedNoise(chain_keys(0, "precision", range(100), range(1))[0])
