@@ -159,8 +159,10 @@ class Evaluate:
 
     def _draw(self, defense: PurifiedClassifier, data: Images, report: Report, out: Path) -> None:
         number = len(report.protocol.attacks) - 1
-        attacked = report.adversarial[attack_column(number, report.protocol.attacks[number])]
-        chosen = slice(0, min(PICTURED, len(attacked)))
+        attack = report.protocol.attacks[number]
+        attacked = report.adversarial[attack_column(number, attack)]
+        # Images that were wrong from the start were never attacked, so they come last.
+        chosen = (1 - torch.tensor(report.records["natural"])).argsort(stable=True)[:PICTURED]
         device = next(defense.parameters(), attacked).device
         originals, adversarial = data.images[chosen].to(device), attacked[chosen].to(device)
         draw_strip(
@@ -169,7 +171,7 @@ class Evaluate:
             classify=defense.classifier,
             labels=data.labels[chosen],
             classes=dataset(self.data).classes,
-            title=describe_attack(report.protocol.attacks[number]),
+            title=describe_attack(attack),
         )
 
 
