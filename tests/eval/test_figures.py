@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def test_the_strip_shows_the_start_the_moments_and_the_end() -> None:
     assert [name for name, _ in strip] == ["K = 0", "K = 10", "K = 50", "K = 60"]
     torch.testing.assert_close(strip[0][1], images)
     moved = [(row - images).norm() for _, row in strip]
-    assert all(a < b for a, b in zip(moved, moved[1:], strict=False))
+    assert all(a < b for a, b in pairwise(moved))
 
 
 def test_rows_without_a_chain_end_in_the_purified_image() -> None:
