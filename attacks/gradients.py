@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -44,13 +45,25 @@ class Gradient(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Identity:
-    """BPDA with the identity: the gradient at each purified replicate, carried to the input as it
-    is and summed over replicates (Athalye, Carlini, Wagner 2018; Hill, Mitchell, Zhu 2021).
+class Purified(NamedTuple):
+    """Purified replicates, and the way back to the images.
+
+    Attributes:
+        images: `[r, b, C, H, W]`.
+        pull: maps a cotangent at the purified replicates `[r, b, C, H, W]` to one at the images,
+            `[r, b, C, H, W]`, each replicate through its own chain.
     """
 
-    name: str = "BPDA"
+    images: Tensor
+    pull: Callable[[Tensor], Tensor]
+
+
+class Pullback:
+    """A gradient that goes back through the purifier by a vector-Jacobian product of its own."""
+
+    def purify(self, defense: PurifiedClassifier, images: Tensor, keys: Tensor) -> Purified:
+        """Purify `images` `[b, C, H, W]` with the noise of `keys` `[r, b]`."""
+        raise NotImplementedError
 
     def __call__(
         self,
@@ -60,17 +73,41 @@ class Identity:
         keys: Tensor,
         loss: Loss,
     ) -> Look:
+        purified, pull = self.purify(defense, images, keys)
+        cotangent, logits = at_purified(defense, purified, labels, loss)
+        return Look(pull(cotangent).sum(0), logits)
+
+
+def at_purified(
+    defense: PurifiedClassifier, purified: Tensor, labels: Tensor, loss: Loss
+) -> tuple[Tensor, Tensor]:
+    """Return the loss's gradient at purified replicates `[r, b, C, H, W]`, and their logits.
+
+    Raises:
+        UsageError: the classifier has no gradient.
+    """
+    with torch.enable_grad():
+        purified = purified.detach().requires_grad_()
+        logits = defense.classify_replicates(purified)
+        if not logits.requires_grad:
+            raise UsageError(
+                "the model has no gradient to attack with; use an attack that needs none."
+            )
+        (gradient,) = torch.autograd.grad(loss(logits, labels).sum(), purified)
+    return gradient, logits.detach()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity(Pullback):
+    """BPDA with the identity: the gradient at each purified replicate, carried to the input as it
+    is and summed over replicates (Athalye, Carlini, Wagner 2018; Hill, Mitchell, Zhu 2021).
+    """
+
+    name: str = "BPDA"
+
+    def purify(self, defense: PurifiedClassifier, images: Tensor, keys: Tensor) -> Purified:
         with torch.no_grad():
-            purified = defense.purify_replicates(images, keys)
-        with torch.enable_grad():
-            purified.requires_grad_()
-            logits = defense.classify_replicates(purified)
-            if not logits.requires_grad:
-                raise UsageError(
-                    "the model has no gradient to attack with; use an attack that needs none."
-                )
-            (gradient,) = torch.autograd.grad(loss(logits, labels).sum(), purified)
-        return Look(gradient.sum(0), logits.detach())
+            return Purified(defense.purify_replicates(images, keys), lambda cotangent: cotangent)
 
     def chain_steps(self, defense: PurifiedClassifier) -> int:
         return defense.purifier.chain_steps
