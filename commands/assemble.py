@@ -29,23 +29,13 @@ class Assemble:
     classifier: Path
     """classifier.safetensors of train-classifier."""
     undefended: Path | None = None
-    """Weights of the same network to report as undefended; the classifier's own if not given."""
+    """Weights to report as undefended; the classifier's own if not given."""
     energy: Path | None = None
     """energy.safetensors of train-ebm."""
     purifier: str | None = None
     """A baseline instead of an energy: gaussian:0.25."""
-    depth: int = 10
-    """Depth of the classifier."""
-    widen: int = 2
-    """Its widening factor."""
-    classes: int = 10
-    """Its classes."""
-    channels: int = 1
-    """Image channels."""
     image_size: int = 28
     """Image height and width."""
-    width: int = 16
-    """Channels of the energy's first layer."""
     activation: str = "leaky_relu"
     """The energy's activation: leaky_relu or soft_lrelu."""
     steps: int = 200
@@ -63,9 +53,10 @@ class Assemble:
 
     def run(self) -> int:
         """Load the parts and save the defense."""
-        undefended = None if self.undefended is None else self._network(self.undefended)
+        undefended = None if self.undefended is None else _classifier(self.undefended)
+        classifier = _classifier(self.classifier)
         defense = PurifiedClassifier(
-            self._network(self.classifier),
+            classifier,
             self._purifier(),
             replicates=self.replicates,
             undefended=undefended,
@@ -74,28 +65,22 @@ class Assemble:
         print(f"the defense is {folder}; evaluate it with --defense {folder}")
         return 0
 
-    def _network(self, path: Path) -> nn.Module:
-        network = WideResNet(
-            WideResNetSettings(
-                channels=self.channels, classes=self.classes, depth=self.depth, widen=self.widen
-            )
-        )
-        load_into(network, load_tensors(path), str(path))
-        return normalized(network, 0.5, 0.5)
-
     def _purifier(self) -> Purifier:
         if (self.energy is None) == (self.purifier is None):
             raise UsageError("give either --energy or --purifier.")
         if self.purifier is not None:
             return make_purifier(self.purifier)
         assert self.energy is not None
+        state = load_tensors(self.energy)
         energy = ConvEnergy(
-            ConvEnergySettings(
-                channels=self.channels,
-                image_size=self.image_size,
-                width=self.width,
-                activation=self.activation,
-            )
+            ConvEnergySettings.of(state, str(self.energy), self.image_size, self.activation)
         )
-        load_into(energy, load_tensors(self.energy), str(self.energy))
+        load_into(energy, state, str(self.energy))
         return LangevinPurifier(energy, self.steps, self.step_size, self.temperature)
+
+
+def _classifier(path: Path) -> nn.Module:
+    state = load_tensors(path)
+    network = WideResNet(WideResNetSettings.of(state, str(path)))
+    load_into(network, state, str(path))
+    return normalized(network, 0.5, 0.5)

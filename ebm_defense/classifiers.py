@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,26 @@ class WideResNetSettings:
     def __post_init__(self) -> None:
         if self.depth < 10 or (self.depth - 4) % 6:
             raise UsageError(f"a wide ResNet's depth is 6n + 4 with n ≥ 1, not {self.depth}.")
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor], name: str) -> WideResNetSettings:
+        """Read the shape off a state_dict, which errors call `name`.
+
+        Raises:
+            UsageError: weights of another architecture.
+        """
+        try:
+            blocks = len({key.split(".")[1] for key in state if key.startswith("layer1.")})
+            return cls(
+                channels=state["conv1.weight"].shape[1],
+                classes=state["linear.weight"].shape[0],
+                depth=6 * blocks + 4,
+                widen=state["layer1.0.conv1.weight"].shape[0] // 16,
+            )
+        except (IndexError, KeyError) as error:
+            raise UsageError(
+                f"{name} lacks {error}: these are no weights of a wide ResNet."
+            ) from error
 
 
 class _Block(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -81,6 +81,20 @@ class ConvEnergySettings:
             raise UsageError(
                 f"an energy needs image_size ≥ 8, channels ≥ 1 and width ≥ 1, not {self}."
             )
+
+    @classmethod
+    def of(
+        cls, state: Mapping[str, Tensor], name: str, image_size: int, activation: str
+    ) -> ConvEnergySettings:
+        """Read channels and width off a state_dict, which errors call `name`; the rest is asked.
+
+        Raises:
+            UsageError: weights of another architecture.
+        """
+        if "f.0.weight" not in state:
+            raise UsageError(f"{name} lacks f.0.weight: these are no weights of a conv energy.")
+        width, channels = state["f.0.weight"].shape[:2]
+        return cls(channels=channels, image_size=image_size, width=width, activation=activation)
 
 
 class ConvEnergy(nn.Module):

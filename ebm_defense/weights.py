@@ -53,7 +53,7 @@ class DefenseSettings:
         replicates: purifications an image.
         average: how replicates are averaged.
         classifier: the network behind the purifier.
-        undefended: whether a separate undefended classifier is kept, of the same shape.
+        undefended: the separate undefended classifier, if one is kept.
         energy, langevin: of a Langevin purifier.
         noise: standard deviation in [0, 1] units, of a Gaussian-noise purifier.
     """
@@ -63,7 +63,7 @@ class DefenseSettings:
     replicates: int = 16
     average: str = "logits"
     classifier: ClassifierSettings = field(default_factory=ClassifierSettings)
-    undefended: bool = False
+    undefended: ClassifierSettings | None = None
     energy: ConvEnergySettings | None = None
     langevin: LangevinSettings | None = None
     noise: float | None = None
@@ -117,12 +117,13 @@ def load_defense(name: str | Path = "fashion-mnist", **options: Any) -> Purified
     folder = find_folder(name)
     verify(folder)
     settings = read_settings(folder)
+    bare = settings.undefended
     chain = {k: options.pop(k, None) for k in CHAIN_OPTIONS}
     defaults: dict[str, Any] = {"replicates": settings.replicates, "average": settings.average}
     return PurifiedClassifier(
-        _classifier(folder / CLASSIFIER, settings),
+        _classifier(folder / CLASSIFIER, settings.classifier),
         _purifier(folder, settings, chain),
-        undefended=_classifier(folder / UNDEFENDED, settings) if settings.undefended else None,
+        undefended=None if bare is None else _classifier(folder / UNDEFENDED, bare),
         **(defaults | options),
     )
 
@@ -248,14 +249,13 @@ def _network(classifier: nn.Module) -> nn.Module:
 
 def _settings(defense: PurifiedClassifier) -> DefenseSettings:
     purifier = defense.purifier
+    bare = None if defense.undefended is defense.classifier else defense.undefended
     settings = DefenseSettings(
         replicates=defense.replicates,
         average=defense.average,
         classifier=_classifier_settings(defense.classifier),
-        undefended=defense.undefended is not defense.classifier,
+        undefended=None if bare is None else _classifier_settings(bare),
     )
-    if settings.undefended and _classifier_settings(defense.undefended) != settings.classifier:
-        raise UsageError("the undefended classifier must have the shape of the defended one.")
     if isinstance(purifier, LangevinPurifier) and isinstance(purifier.energy, ConvEnergy):
         shape, chain = purifier.energy.settings, purifier.settings
         return dataclasses.replace(settings, energy=shape, langevin=chain)
@@ -287,8 +287,7 @@ def _without_none(plain: Any) -> Any:
     return plain
 
 
-def _classifier(path: Path, settings: DefenseSettings) -> nn.Module:
-    s = settings.classifier
+def _classifier(path: Path, s: ClassifierSettings) -> nn.Module:
     network = WideResNet(s.network)
     load_into(network, load_tensors(path), str(path))
     return normalized(channels_last(network), s.mean, s.std).eval()

@@ -17,7 +17,7 @@ ENERGY = (
 CLASSIFIER = (
     *("train-classifier", "--data", "digits", "--images", 100, "--widen", 1, "--batch", 20),
 )
-SHAPE = ("--image-size", 8, "--width", 2, "--widen", 1, "--steps", 3, "--data", "digits")
+SHAPE = ("--image-size", 8, "--steps", 3, "--data", "digits")
 
 
 def test_train_ebm_resumes_exactly_and_draws(run, tmp_path: Path) -> None:
@@ -84,6 +84,16 @@ def test_train_classifier_on_a_baseline(run, tmp_path: Path) -> None:
     words = ("--purified", "gaussian:0.2", "--copies", 2, "--epochs", 2, "--out", tmp_path)
     assert run(*CLASSIFIER, *words)[0] == 0
     assert not (tmp_path / "purified").exists()
+
+
+def test_assemble_names_weights_of_another_kind(run, tmp_path: Path) -> None:
+    assert run(*CLASSIFIER, "--epochs", 1, "--out", tmp_path / "plain")[0] == 0
+    weights = tmp_path / "plain" / "classifier.safetensors"
+    words = ("--classifier", weights, "--energy", weights, *SHAPE, "--out", tmp_path / "d")
+    status, _, errors = run("assemble", *words)
+    assert status == 2
+    assert str(weights) in errors
+    assert "f.0.weight" in errors
 
 
 def test_assemble_wants_one_purifier(run, tmp_path: Path) -> None:
