@@ -1,9 +1,8 @@
 """What an attacker does: a threat model × a gradient × a loss × an optimiser."""
 
-from collections.abc import Callable
-
 from ebm_defense.attacks.base import Attack, Proposal
 from ebm_defense.attacks.full_gradient import Full
+from ebm_defense.attacks.gradient_names import GRADIENTS, make_gradient
 from ebm_defense.attacks.gradients import Gradient, Identity
 from ebm_defense.attacks.losses import CrossEntropy
 from ebm_defense.attacks.pgd import PGD
@@ -11,14 +10,6 @@ from ebm_defense.attacks.smoothed import Smoothed
 from ebm_defense.attacks.surrogate import Surrogate
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.attacks.transfer import Transfer
-
-GRADIENTS: dict[str, Callable[..., Gradient]] = {
-    "bpda": Identity,
-    "full": Full,
-    "smoothed": Smoothed,
-    "surrogate": Surrogate,
-}
-"""The ways to differentiate a defense, by the names that commands know."""
 
 __all__ = [
     "GRADIENTS",
@@ -33,4 +24,5 @@ __all__ = [
     "Surrogate",
     "ThreatModel",
     "Transfer",
+    "make_gradient",
 ]

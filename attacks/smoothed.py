@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ebm_defense.attacks.full_gradient import PRODUCT_COST, Walk, refuse_without_gradient
+from ebm_defense.attacks.full_gradient import Walk
 from ebm_defense.attacks.gradients import Purified
 from ebm_defense.defense import PurifiedClassifier
-from ebm_defense.derivatives import arithmetic
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import KeyedNoise
 from ebm_defense.purifiers import Purifier, SteppedPurifier
@@ -53,7 +52,7 @@ class _Bent(torch.autograd.Function):
 
 
 def bent(x: Tensor, slope: float, width: float) -> Tensor:
-    """Return LeakyReLU(x), with the second derivative of soft_lrelu (REFERENCE: MEFA).
+    """Return LeakyReLU(x), with the second derivative of soft_lrelu (Du, Hill, Cai 2026, MEFA).
 
     Args:
         x: pre-activations `[b, …]`.
@@ -79,7 +78,7 @@ CORNERS: dict[Callable[..., Any], Callable[..., float]] = {
     torch.relu: _rectified,
     Tensor.relu: _rectified,
 }
-"""The activations that are bent, each with its slope for x < 0 from the arguments it is called with.
+"""The activations that are bent, each with its slope for x < 0 from the call's own arguments;
 nn.LeakyReLU and nn.ReLU call the first two."""
 
 
@@ -111,7 +110,8 @@ class Smoothed(Walk):
     Their energies are piecewise linear, so that the exact gradient is the identity's and says
     nothing of where the chain would have gone from a nearby start. Here the forward chain is the
     true one, and on the way back the Hessian is that of the network whose corners are bent as in
-    soft_lrelu, (1−a)x + a√(x²+e²) − ae, at the true pre-activations and slopes.
+    soft_lrelu, (1−a)x + a√(x²+e²) − ae, at the true pre-activations and slopes. A purifier that is
+    no chain has nothing to smooth and is differentiated as it is, as by `Full`.
 
     Attributes:
         width: e above 0, in standard deviations of each image's own pre-activations in a layer, so
@@ -209,10 +209,9 @@ class Smoothed(Walk):
 
 
 def refuse_without_corners(purifier: Purifier, image: Tensor, noise: KeyedNoise) -> None:
-    """Refuse a purifier in whose first step no activation would be bent, on one image `[1, …]`."""
-    refuse_without_gradient(purifier)
+    """Refuse a chain in whose first step no activation would be bent, on one image `[1, …]`."""
     if not (isinstance(purifier, SteppedPurifier) and purifier.chain_steps):
-        raise UsageError(f"{type(purifier).__name__} has no steps to smooth; use Full or Identity.")
+        return
     with torch.no_grad(), Bending(1.0) as bending:
         purifier.advance(purifier.enter(image), noise, range(1))
     if not bending.found:

@@ -65,10 +65,14 @@ class Surrogate:
     def cheap(self, defense: PurifiedClassifier) -> PurifiedClassifier:
         """Return the defense with the cheap chain in the place of its own.
 
+        A purifier that is no chain and that torch differentiates is as cheap as it can be.
+
         Raises:
-            UsageError: the defense runs no Langevin chain, or a shorter one.
+            UsageError: the defense runs another chain than Langevin's, or a shorter one.
         """
         true = defense.purifier
+        if true.differentiable:
+            return defense
         if not isinstance(true, LangevinPurifier):
             raise UsageError(
                 f"a surrogate shortens a LangevinPurifier's chain, not a {type(true).__name__}'s."
