@@ -125,7 +125,7 @@ class PurifiedClassifier(nn.Module):
         Returns:
             `[r, b, C, H, W]`; the gradient to `images` is the identity, summed over replicates.
         """
-        chunks = self._chunks(keys.to(images.device))
+        chunks = self.chunks(keys.to(images.device))
         parts = [self.purifier(images[rows], noise=KeyedNoise(k)) for rows, k in chunks]
         flat = torch.cat(parts) if parts else images.new_empty((0, *images.shape[1:]))
         return flat.view(*keys.shape, *images.shape[1:])
@@ -144,7 +144,8 @@ class PurifiedClassifier(nn.Module):
         """Return logits `[r, b, classes]` of images purified with the noise of `keys` `[r, b]`."""
         return self.classify_replicates(self.purify_replicates(images, keys))
 
-    def _chunks(self, keys: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def chunks(self, keys: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Split keys `[r, b]` into runs of at most `max_chains`: image rows and keys of each."""
         rows = torch.arange(keys.numel()) % max(keys.shape[1], 1)
         chunks = zip(
             rows.split(self.max_chains), keys.flatten().split(self.max_chains), strict=True

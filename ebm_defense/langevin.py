@@ -158,6 +158,7 @@ def run_chain(
     precision: str = "auto",
     trace: Trace | None = None,
     snapshots: Collection[int] = (),
+    first: int = 0,
 ) -> Tensor:
     """Run `settings.steps` Langevin steps from x and return where they end.
 
@@ -169,9 +170,10 @@ def run_chain(
         precision: one of `PRECISIONS`, for the energy's inner activations.
         trace: filled when given.
         snapshots: the steps at which `trace` keeps a copy of x.
+        first: the number of the first step, on which its noise depends.
     """
     precision = resolve_precision(precision, x.device, x.dtype)
-    start, state = x, State(x)
+    start, state = x, State(x, first)
     for _ in range(settings.steps):
         _snapshot(trace, snapshots, state)
         state, info = langevin_step(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ebm_defense.derivatives import hessian_product, vjp
 from ebm_defense.errors import UsageError
 from ebm_defense.langevin import (
     PRECISIONS,
@@ -42,10 +44,13 @@ class Purifier(nn.Module):
     Attributes:
         stochastic: whether two calls differ; if not, one replicate says all.
         chain_steps: Langevin steps an image costs.
+        differentiable: whether torch can differentiate `purify` as a whole; a long chain is better
+            a `SteppedPurifier`.
     """
 
     stochastic: bool = True
     chain_steps: int = 0
+    differentiable: bool = False
 
     def purify(self, images: Tensor, noise: Noise) -> Tensor:
         """Purify `[b, C, H, W]` images, which carry no gradient, with this noise."""
@@ -75,7 +80,33 @@ class Purifier(nn.Module):
         return _StraightThrough.apply(images, purified)
 
 
-class LangevinPurifier(Purifier):
+class SteppedPurifier(Purifier):
+    """A purifier made of `chain_steps` steps, through which one can go back a step at a time.
+
+    A new one overrides `advance`, and `pull_step` where torch cannot differentiate `advance`.
+    """
+
+    def enter(self, images: Tensor) -> Tensor:
+        """Return the state x_0 at images `[b, C, H, W]`."""
+        return images
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Return the purified images at the last state."""
+        return x
+
+    def advance(self, x: Tensor, noise: Noise, steps: range) -> Tensor:
+        """Return the state after these consecutive steps, from the state before them."""
+        raise NotImplementedError
+
+    def pull_step(self, cotangent: Tensor, x: Tensor, noise: Noise, step: int) -> Tensor:
+        """Return cotangentᵀ·∂x_{step+1}/∂x_step at the state x before that step."""
+        return vjp(lambda x: self.advance(x, noise, range(step, step + 1)), x, cotangent)
+
+    def purify(self, images: Tensor, noise: Noise) -> Tensor:
+        return self.leave(self.advance(self.enter(images), noise, range(self.chain_steps)))
+
+
+class LangevinPurifier(SteppedPurifier):
     """Long-run Langevin dynamics on an energy (Hill, Mitchell, Zhu 2021, eq. 4).
 
     Args:
@@ -118,7 +149,7 @@ class LangevinPurifier(Purifier):
     ) -> Tensor:
         """Run the chain from `images`; `trace` and `snapshots` are as in `run_chain`."""
         x = run_chain(
-            images * 2.0 - 1.0,
+            self.enter(images),
             noise,
             energy=self.energy,
             settings=self.settings,
@@ -126,7 +157,26 @@ class LangevinPurifier(Purifier):
             trace=trace,
             snapshots=snapshots,
         )
+        return self.leave(x)
+
+    def enter(self, images: Tensor) -> Tensor:
+        return images * 2.0 - 1.0
+
+    def leave(self, x: Tensor) -> Tensor:
         return (x + 1.0) / 2.0
+
+    def advance(self, x: Tensor, noise: Noise, steps: range) -> Tensor:
+        return run_chain(
+            x,
+            noise,
+            energy=self.energy,
+            settings=replace(self.settings, steps=len(steps)),
+            precision=self.precision,
+            first=steps.start,
+        )
+
+    def pull_step(self, cotangent: Tensor, x: Tensor, noise: Noise, step: int) -> Tensor:
+        return cotangent - self.settings.drift * hessian_product(self.energy, x, cotangent)
 
     def resolved_precision(self, images: Tensor) -> str:
         """Return the precision that these images would be purified in."""
@@ -141,6 +191,7 @@ class NoPurifier(Purifier):
     """Leaves images as they are: the undefended classifier."""
 
     stochastic = False
+    differentiable = True
 
     def purify(self, images: Tensor, noise: Noise) -> Tensor:
         return images
@@ -152,6 +203,8 @@ class GaussianNoise(Purifier):
     Args:
         std: standard deviation ≥ 0, in [0, 1] pixel units.
     """
+
+    differentiable = True
 
     def __init__(self, std: float) -> None:
         super().__init__()

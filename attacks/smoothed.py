@@ -1,0 +1,220 @@
+"""A gradient through energies whose activations have corners and no curvature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ebm_defense.attacks.full_gradient import Walk
+from ebm_defense.attacks.gradients import Purified
+from ebm_defense.defense import PurifiedClassifier
+from ebm_defense.errors import UsageError
+from ebm_defense.noise import KeyedNoise
+from ebm_defense.purifiers import Purifier, SteppedPurifier
+
+
+class _Slope(torch.autograd.Function):
+    """The slope of LeakyReLU; its derivative is that of soft_lrelu's slope, a·e²/(x²+e²)^{3/2}."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: float, e: Tensor) -> Tensor:
+        ctx.save_for_backward(x, e)
+        ctx.a = (1.0 - slope) / 2.0
+        return torch.where(x > 0, 1.0, slope).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, e = ctx.saved_tensors
+        near = (x * x + e * e).clamp_min(torch.finfo(x.dtype).tiny).rsqrt()
+        return grads[0] * (ctx.a * (e * near).square() * near), None, None
+
+
+class _Bent(torch.autograd.Function):
+    """LeakyReLU with the curvature of soft_lrelu: value and slope are its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: float, e: Tensor) -> Tensor:
+        ctx.save_for_backward(x, e)
+        ctx.slope = slope
+        return F.leaky_relu(x, slope)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, e = ctx.saved_tensors
+        return grads[0] * _Slope.apply(x, ctx.slope, e), None, None
+
+
+def bent(x: Tensor, slope: float, width: float) -> Tensor:
+    """Return LeakyReLU(x), with the second derivative of soft_lrelu (Du, Hill, Cai 2026, MEFA).
+
+    Args:
+        x: pre-activations `[b, …]`.
+        slope: for x < 0; 0 is ReLU.
+        width: the bend's e, in standard deviations of each image's own pre-activations x[i].
+    """
+    deviation = x.detach().flatten(1).float().std(1, correction=0).to(x.dtype)
+    e = width * deviation.view(-1, *[1] * (x.ndim - 1))
+    return _Bent.apply(x, slope, e)
+
+
+def _leaky(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> float:
+    return negative_slope
+
+
+def _rectified(x: Tensor, inplace: bool = False) -> float:
+    return 0.0
+
+
+CORNERS: dict[Callable[..., Any], Callable[..., float]] = {
+    F.leaky_relu: _leaky,
+    F.relu: _rectified,
+    torch.relu: _rectified,
+    Tensor.relu: _rectified,
+}
+"""The activations that are bent, each with its slope for x < 0 from the call's own arguments;
+nn.LeakyReLU and nn.ReLU call the first two."""
+
+
+class Bending(TorchFunctionMode):
+    """While it is active, every activation in `CORNERS` has the curvature of `bent`.
+
+    It changes no module: it stands between the caller and torch.
+
+    Args:
+        width: see `bent`.
+    """
+
+    def __init__(self, width: float) -> None:
+        super().__init__()
+        self.width, self.found = width, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in CORNERS:
+            return func(*args, **(kwargs or {}))
+        self.found += 1
+        slope = CORNERS[func](*args, **(kwargs or {}))
+        return bent((args or (kwargs["input"],))[0], slope, self.width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Smoothed(Walk):
+    """The gradient through all steps with curvature lent to LeakyReLU and ReLU.
+
+    Their energies are piecewise linear, so that the exact gradient is the identity's and says
+    nothing of where the chain would have gone from a nearby start. Here the forward chain is the
+    true one, and on the way back the Hessian is that of the network whose corners are bent as in
+    soft_lrelu, (1−a)x + a√(x²+e²) − ae, at the true pre-activations and slopes. A purifier that is
+    no chain has nothing to smooth and is differentiated as it is, as by `Full`.
+
+    Attributes:
+        width: e above 0, in standard deviations of each image's own pre-activations in a layer, so
+            that it has no scale; towards 0 this is `Identity`.
+        end_width: e at the chain's end, if another; between them it is geometric in the step.
+        stride: one Hessian-vector product for so many steps, taken at their start, with their
+            drift together.
+        perturbation: standard deviation ≥ 0, in [0, 1] pixel units, of Gaussian perturbations of
+            the start over which the way back is averaged; the loss's gradient stays that at the
+            purified image of the unperturbed start.
+        draws: how many perturbations a replicate.
+    """
+
+    width: float = 0.3
+    end_width: float | None = None
+    stride: int = 4
+    perturbation: float = 0.0
+    draws: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 < self.width < math.inf and 0 < self.last_width < math.inf):
+            raise UsageError(
+                f"the bend's widths must be above 0, not {self.width} and {self.last_width}."
+            )
+        if self.stride < 1 or self.draws < 1:
+            raise UsageError(
+                f"stride and draws must be at least 1, not {self.stride} and {self.draws}."
+            )
+        if not 0 <= self.perturbation < math.inf:
+            raise UsageError(f"the perturbation must be 0 or more, not {self.perturbation}.")
+        if self.draws > 1 and not self.perturbation:
+            raise UsageError("several draws need a perturbation above 0; without it all agree.")
+
+    @property
+    def name(self) -> str:
+        end = "" if self.end_width is None else f" to {self.end_width:g}"
+        random = f", {self.draws} x N(0, {self.perturbation:g}²)" if self.perturbation else ""
+        return f"smoothed, width {self.width:g}{end}, stride {self.stride}{random}"
+
+    @property
+    def last_width(self) -> float:
+        """The width at the chain's end."""
+        return self.width if self.end_width is None else self.end_width
+
+    @property
+    def spacing(self) -> int:
+        return self.stride
+
+    def width_at(self, step: int, steps: int) -> float:
+        """Return the width at one of the chain's steps."""
+        return self.width * (self.last_width / self.width) ** (step / max(steps - 1, 1))
+
+    def pull_block(
+        self, purifier: SteppedPurifier, noise: KeyedNoise, g: Tensor, x: Tensor, block: range
+    ) -> Tensor:
+        with Bending(self.width_at(block.start, purifier.chain_steps)):
+            pulled = purifier.pull_step(g, x, noise, block.start)
+        return g + len(block) * (pulled - g)
+
+    def purify(self, defense: PurifiedClassifier, images: Tensor, keys: Tensor) -> Purified:
+        """Purify `images` `[b, C, H, W]` with the noise of `keys` `[r, b]`.
+
+        Raises:
+            UsageError: no activation of the energy is LeakyReLU or ReLU, or as `Walk.purify`.
+        """
+        if keys.numel():
+            refuse_without_corners(defense.purifier, images[:1].detach(), KeyedNoise(keys[0, :1]))
+        return super().purify(defense, images, keys)
+
+    def walk(self, purifier: Purifier, images: Tensor, noise: KeyedNoise, size: float) -> Purified:
+        if not self.perturbation:
+            return super().walk(purifier, images, noise, size)
+        once = super().walk
+        purified = purifier(images, noise=noise)
+
+        def pull(cotangent: Tensor) -> Tensor:
+            total = torch.zeros_like(cotangent)
+            for draw in range(self.draws):
+                # The chain draws at steps 0 to K − 1, so later ones are independent of it.
+                z = noise.normal(purifier.chain_steps + draw, images)
+                with torch.no_grad():
+                    near = once(purifier, images + self.perturbation * z, noise, size)
+                total += near.pull(cotangent)
+            return total / self.draws
+
+        return Purified(purified, pull)
+
+    def chain_steps(self, defense: PurifiedClassifier) -> int:
+        """Return the cost of one replicate of one image, in Langevin steps; see `Walk`."""
+        once = super().chain_steps(defense)
+        if not self.perturbation:
+            return once
+        return defense.purifier.chain_steps + self.draws * once
+
+
+def refuse_without_corners(purifier: Purifier, image: Tensor, noise: KeyedNoise) -> None:
+    """Refuse a chain in whose first step no activation would be bent, on one image `[1, …]`."""
+    if not (isinstance(purifier, SteppedPurifier) and purifier.chain_steps):
+        return
+    with torch.no_grad(), Bending(1.0) as bending:
+        purifier.advance(purifier.enter(image), noise, range(1))
+    if not bending.found:
+        raise UsageError(
+            "the energy calls neither LeakyReLU nor ReLU, so there is nothing to smooth; use Full."
+        )
