@@ -138,14 +138,17 @@ def test_l2_starts_have_uniform_radii():
 def test_the_steepest_l2_direction_has_unit_norm(shape, seed, exponent):
     # A confident classifier's gradients are as small as its softmax: e^-50 is no rarity.
     unscaled = 0.1 + torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-    size = NORMS["L2"].steepest(unscaled * 10.0**exponent).flatten(1).norm(dim=1)
+    gradient = unscaled * 10.0**exponent
+    step = NORMS["L2"].steepest(gradient, torch.ones_like(gradient))
+    size = step.flatten(1).norm(dim=1)
     torch.testing.assert_close(size, torch.ones_like(size), rtol=1e-4, atol=1e-4)
 
 
 @given(SHAPES, SEEDS)
 def test_the_steepest_linf_direction_gains_the_l1_norm(shape, seed):
     gradient = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    gain = (gradient * NORMS["Linf"].steepest(gradient)).flatten(1).sum(1)
+    steepest = NORMS["Linf"].steepest(gradient, torch.ones_like(gradient))
+    gain = (gradient * steepest).flatten(1).sum(1)
     torch.testing.assert_close(gain, gradient.flatten(1).abs().sum(1))
 
 
@@ -162,8 +165,8 @@ def test_an_impossible_eps_is_refused(eps):
 
 
 def test_an_unknown_norm_is_refused_with_the_known_ones():
-    with pytest.raises(UsageError, match="Linf, L2"):
-        ThreatModel(norm="L1")
+    with pytest.raises(UsageError, match="Linf, L2, L1"):
+        ThreatModel(norm="L3")
 
 
 @given(st.integers(1, 255))
