@@ -17,6 +17,7 @@ from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 
+USUAL = {"PGD": "CE", "Square": "CW", "SPSA": "CW", "DiffHammer": "CW"}
 Memory = tuple[Tensor, ...]
 """What a rule of motion remembers of each image, every tensor `[b, …]`."""
 
@@ -134,10 +135,13 @@ def without_purifier(gradient: Gradient) -> Gradient:
 
 
 def attack_name(kind: str, loss: Loss, steps: int, restarts: int = 1) -> str:
-    """Return a name for tables, as "PGD-50", "APGD-DLR-100" or "PGD-CW-20 ×3"."""
+    """Return a name for tables, as "PGD-50", "APGD-DLR-100" or "Square-CE-5000 ×3".
+
+    A loss that an attack was published with is not named.
+    """
     label = loss_name(loss)
-    middle = [label] if (kind, label) != ("PGD", "CE") else []
-    return "-".join([kind, *middle, str(steps)]) + (f" ×{restarts}" if restarts > 1 else "")
+    named = [] if USUAL.get(kind) == label else [label]
+    return "-".join([kind, *named, str(steps)]) + (f" ×{restarts}" if restarts > 1 else "")
 
 
 def check_budget(steps: int, replicates: int, restarts: int = 1) -> None:

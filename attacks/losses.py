@@ -19,7 +19,10 @@ LOSS_AVERAGES = (*(name for name in AVERAGES if name != "votes"), REPLICATES)
 
 
 class Loss(Protocol):
-    """Maps replicate logits `[r, b, classes]` and labels `[b]` to losses `[b]`, to be maximised."""
+    """Maps replicate logits `[r, b, classes]` and labels `[b]` to losses `[b]`, to be maximised.
+
+    No image's loss may depend on another's. A `name`, if it has one, stands in tables.
+    """
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor: ...
 
@@ -46,6 +49,7 @@ class AveragedLoss:
 
     name: ClassVar[str]
     classes: ClassVar[int] = 2
+    targeted: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.average not in LOSS_AVERAGES:
@@ -138,6 +142,7 @@ class TargetedDLR(AveragedLoss):
 
     name = "targeted DLR"
     classes = 4
+    targeted = True
 
     def of(self, logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
         """Return the losses `[n]` of logits `[n, classes]` towards `targets` `[n]`."""
@@ -167,11 +172,21 @@ LOSSES: dict[str, type[AveragedLoss]] = {
 
 
 def loss_name(loss: Loss | TargetedLoss) -> str:
-    """Return a loss's name for tables; a function's own if it is nobody's class."""
-    return str(getattr(loss, "name", getattr(loss, "__name__", type(loss).__name__)))
+    """Return a loss's name for tables, with its average if not "logits"; a function's own name."""
+    name = getattr(loss, "name", getattr(loss, "__name__", type(loss).__name__))
+    average = getattr(loss, "average", "logits")
+    return str(name) if average == "logits" else f"{name}({average})"
+
+
+def takes_targets(loss: Loss | TargetedLoss) -> bool:
+    """Return whether a loss needs targets; one of your own says so by `targeted = True`."""
+    return bool(getattr(loss, "targeted", False))
 
 
 def refuse_targeted(loss: Loss, attack: str) -> None:
     """Refuse a loss that needs targets where nobody chooses them."""
-    if isinstance(loss, TargetedDLR):
-        raise UsageError(f"{attack} chooses no targets; give it another loss, or use TargetedAPGD.")
+    if takes_targets(loss):
+        raise UsageError(
+            f"{attack} chooses no targets for the {loss_name(loss)} loss; give it another loss, "
+            "or use TargetedAPGD."
+        )

@@ -49,7 +49,7 @@ def _linf_start(like: Tensor, eps: float, noise: KeyedNoise) -> Tensor:
 
 
 def _clip(delta: Tensor, low: Bound, high: Bound) -> Tensor:
-    return delta.clamp(min=low).clamp(max=high)  # type: ignore[arg-type]
+    return delta.clamp(min=low).clamp(max=high)
 
 
 def _l2_size(delta: Tensor) -> Tensor:
