@@ -2,105 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ebm_defense.attacks.base import DirectCall, Judge, Proposal, attack_replicates, lenient
-from ebm_defense.attacks.gradients import Gradient, Identity
-from ebm_defense.attacks.losses import CrossEntropy, Loss
-from ebm_defense.attacks.threat import ThreatModel
-from ebm_defense.defense import PurifiedClassifier
+from ebm_defense.attacks.ascent import Ascent, Memory
+from ebm_defense.attacks.threat import per_image
 from ebm_defense.errors import UsageError
-from ebm_defense.noise import KeyedNoise, chain_keys
 
 
 @dataclass(frozen=True, kw_only=True)
-class PGD(DirectCall):
+class PGD(Ascent):
     """Projected gradient ascent (Madry et al. 2018) on a loss over replicates (EOT).
 
-    With its defaults the BPDA+EOT attack of Hill, Mitchell, Zhu (2021).
+    With its defaults the BPDA+EOT attack of Hill, Mitchell, Zhu (2021); with `momentum` the
+    iterative attack of Dong et al. (2018), whose gradients are scaled to unit L1 norm and summed.
 
     Attributes:
-        threat: what may change.
-        steps: gradient steps, 0 or more; 0 proposes the start alone.
-        step_size: length of a step in the threat's norm, above 0, in [0, 1] units.
-        replicates: purifications an image and step, at least 1.
-        gradient: how the defense is differentiated.
-        loss: what is maximised.
-        random_start: start at a random point of the ball, not at the image.
+        momentum: share of the gathered gradients that a step keeps, from 0 (none) to 1 (published).
     """
 
-    threat: ThreatModel = field(default_factory=ThreatModel)
-    steps: int = 50
-    step_size: float = 2 / 255
-    replicates: int = 15
-    gradient: Gradient = field(default_factory=Identity)
-    loss: Loss = field(default_factory=CrossEntropy)
-    random_start: bool = True
+    momentum: float = 0.0
+
+    kind = "PGD"
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.replicates < 1:
-            raise UsageError(
-                "an attack needs steps ≥ 0 and replicates ≥ 1, not "
-                f"{self.steps} and {self.replicates}."
-            )
-        if not self.step_size > 0:
-            raise UsageError(f"an attack's step_size must be above 0, not {self.step_size}.")
+        super().__post_init__()
+        if not 0 <= self.momentum <= 1:
+            raise UsageError(f"momentum must be from 0 to 1, not {self.momentum}.")
 
     @property
     def name(self) -> str:
-        return f"PGD-{self.steps}"
+        return f"MI-{super().name}" if self.momentum else super().name
 
-    @property
-    def direct(self) -> PGD:
-        return self
+    def remember(self, x: Tensor) -> Memory:
+        return (torch.zeros_like(x),)
 
-    @property
-    def looks(self) -> int:
-        return self.steps + 1
-
-    def chain_steps(self, defense: PurifiedClassifier) -> int:
-        draws = len(attack_replicates(self.replicates, defense))
-        last = draws * defense.purifier.chain_steps
-        return self.steps * draws * self.gradient.chain_steps(defense) + last
-
-    def run(
-        self,
-        defense: PurifiedClassifier,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        ids: Sequence[int],
-        seed: int,
-        judge: Judge = lenient,
-    ) -> Tensor:
-        x = self._start(images, ids, seed)
-        rows = torch.arange(len(images))
-        for step in range(self.steps + 1):
-            if not len(rows):
-                break
-            keys = chain_keys(
-                seed,
-                f"attack step {step}",
-                [ids[i] for i in rows.tolist()],
-                attack_replicates(self.replicates, defense),
-            )
-            if step == self.steps:
-                with torch.no_grad():
-                    logits = defense.replicate_logits(x[rows], keys)
-                judge(Proposal(step, rows, x[rows], logits))
-                break
-            look = self.gradient(defense, x[rows], labels[rows], keys, self.loss)
-            stands = judge(Proposal(step, rows, x[rows], look.logits))
-            rows, gradient = rows[stands], look.gradient[stands]
-            x[rows] = self.threat.step(x[rows], images[rows], gradient, self.step_size)
-        return x
-
-    def _start(self, images: Tensor, ids: Sequence[int], seed: int) -> Tensor:
-        if not self.random_start:
-            return images.clone()
-        keys = chain_keys(seed, "random start", ids, range(1))[0]
-        return self.threat.random_start(images, KeyedNoise(keys.to(images.device)))
+    def move(
+        self, x: Tensor, origin: Tensor, gradient: Tensor, memory: Memory, step: int
+    ) -> tuple[Tensor, Memory]:
+        tiny = torch.finfo(gradient.dtype).tiny
+        size = per_image(gradient.flatten(1).abs().sum(1).clamp_min(tiny))
+        gathered = self.momentum * memory[0] + gradient / size
+        return self.threat.step(x, origin, gathered, self.step_size), (gathered,)

@@ -13,6 +13,8 @@ from ebm_defense.errors import UsageError
 from ebm_defense.noise import KeyedNoise
 
 _TINY = 1e-12
+SPARSE_SHARE = 0.01
+Bound = Tensor | float
 
 
 class Norm(NamedTuple):
@@ -20,53 +22,120 @@ class Norm(NamedTuple):
 
     Attributes:
         size: ‖δ‖ `[b]`.
-        project: δ and eps to the nearest perturbation with ‖δ‖ ≤ eps.
-        steepest: the direction of unit norm along which a gradient rises fastest.
+        project: δ, eps and a box `low ≤ 0 ≤ high` to a perturbation with ‖δ‖ ≤ eps in the box: the
+            nearest one in Linf and L1, and in L2, as published, the nearest in the ball, clipped.
+        steepest: a direction of unit norm along which a gradient rises fastest, given which
+            pixels can still move along it.
         start: a random perturbation within eps.
     """
 
     size: Callable[[Tensor], Tensor]
-    project: Callable[[Tensor, float], Tensor]
-    steepest: Callable[[Tensor], Tensor]
+    project: Callable[[Tensor, float, Bound, Bound], Tensor]
+    steepest: Callable[[Tensor, Tensor], Tensor]
     start: Callable[[Tensor, float, KeyedNoise], Tensor]
 
 
-def _per_image(values: Tensor) -> Tensor:
+def per_image(values: Tensor) -> Tensor:
+    """Shape one value an image `[b]` to `[b, 1, 1, 1]`."""
     return values.view(-1, 1, 1, 1)
 
 
-def _l2_size(delta: Tensor) -> Tensor:
-    return delta.flatten(1).norm(dim=1)
-
-
-def _l2_project(delta: Tensor, eps: float) -> Tensor:
-    return delta * _per_image((eps / _l2_size(delta).clamp_min(_TINY)).clamp(max=1.0))
-
-
-def _l2_steepest(gradient: Tensor) -> Tensor:
-    # Scaled first, so that the squares of tiny gradients do not vanish.
-    tiny = torch.finfo(gradient.dtype).tiny
-    scaled = gradient / _per_image(gradient.flatten(1).abs().amax(1).clamp_min(tiny))
-    return scaled / _per_image(_l2_size(scaled).clamp_min(_TINY))
-
-
-def _l2_start(like: Tensor, eps: float, noise: KeyedNoise) -> Tensor:
-    direction = _l2_steepest(noise.normal(0, like))
-    return direction * noise.uniform(1, like[:, :1, :1, :1]) * eps
+def _linf_project(delta: Tensor, eps: float, low: Bound, high: Bound) -> Tensor:
+    return _clip(delta.clamp(-eps, eps), low, high)
 
 
 def _linf_start(like: Tensor, eps: float, noise: KeyedNoise) -> Tensor:
     return (2.0 * noise.uniform(0, like) - 1.0) * eps
 
 
+def _clip(delta: Tensor, low: Bound, high: Bound) -> Tensor:
+    return delta.clamp(min=low).clamp(max=high)
+
+
+def _l2_size(delta: Tensor) -> Tensor:
+    return delta.flatten(1).norm(dim=1)
+
+
+def _l2_project(delta: Tensor, eps: float, low: Bound, high: Bound) -> Tensor:
+    shrunk = delta * per_image((eps / _l2_size(delta).clamp_min(_TINY)).clamp(max=1.0))
+    return _clip(shrunk, low, high)
+
+
+def _l2_steepest(gradient: Tensor, free: Tensor) -> Tensor:
+    # Scaled first, so that the squares of tiny gradients do not vanish.
+    tiny = torch.finfo(gradient.dtype).tiny
+    scaled = gradient / per_image(gradient.flatten(1).abs().amax(1).clamp_min(tiny))
+    return scaled / per_image(_l2_size(scaled).clamp_min(_TINY))
+
+
+def _l2_start(like: Tensor, eps: float, noise: KeyedNoise) -> Tensor:
+    normal = noise.normal(0, like)
+    direction = _l2_steepest(normal, torch.ones_like(normal))
+    return direction * noise.uniform(1, like[:, :1, :1, :1]) * eps
+
+
+def _l1_size(delta: Tensor) -> Tensor:
+    return delta.flatten(1).abs().sum(1)
+
+
+def _l1_project(delta: Tensor, eps: float, low: Bound, high: Bound) -> Tensor:
+    """Project onto the L1 ball within a box, exactly (Croce and Hein 2021, proposition 2.1).
+
+    The nearest point takes λ ≥ 0 off every |δ_i| and caps the rest at the box's side; its norm
+    falls piecewise linearly in λ, with kinks where a pixel leaves its cap and where it reaches 0.
+    """
+    # Thousands of pixels are summed, and the sum has to meet eps up to float32's rounding.
+    size = delta.double().flatten(1).abs()
+    side = torch.where(delta > 0, torch.as_tensor(high), -torch.as_tensor(low))
+    cap = side.to(delta).double().flatten(1)
+    kept = (size - _shrinkage(size, cap, eps)[:, None]).clamp_min(0.0).minimum(cap)
+    return delta.sign() * kept.view_as(delta).to(delta)
+
+
+def _shrinkage(size: Tensor, cap: Tensor, eps: float) -> Tensor:
+    """Return the least λ ≥ 0 `[b]` with Σ min(max(size − λ, 0), cap) ≤ eps."""
+    kinks, order = torch.cat([(size - cap).clamp_min(0.0), size], dim=1).sort(dim=1)
+    bends = torch.cat([torch.full_like(size, -1.0), torch.ones_like(size)], dim=1)
+    slopes = bends.gather(1, order).cumsum(1)
+    falls = (slopes[:, :-1] * kinks.diff(dim=1)).cumsum(1)
+    total = size.minimum(cap).sum(1, keepdim=True)
+    norms = torch.cat([total, total + falls], dim=1)
+    # The last kink at which the norm is still above eps begins the piece that crosses it.
+    piece = ((norms > eps).sum(1, keepdim=True) - 1).clamp_min(0)
+    slope = slopes.gather(1, piece).clamp_max(-1.0)
+    crossing = kinks.gather(1, piece) + (norms.gather(1, piece) - eps) / -slope
+    return torch.where(total > eps, crossing, torch.zeros_like(crossing)).squeeze(1)
+
+
+def _l1_steepest(gradient: Tensor, free: Tensor) -> Tensor:
+    """Share a unit step among the largest hundredth of the pixels that can move (SLIDE).
+
+    All of it on one pixel would be steepest, but a pixel's side of the box is near (Tramèr and
+    Boneh 2019).
+    """
+    movable = (gradient * free).flatten(1)
+    count = max(1, round(SPARSE_SHARE * movable.shape[1]))
+    chosen = movable.abs().topk(count, dim=1).indices
+    step = torch.zeros_like(movable).scatter(1, chosen, movable.gather(1, chosen).sign())
+    return (step / step.abs().sum(1, keepdim=True).clamp_min(1.0)).view_as(gradient)
+
+
+def _l1_start(like: Tensor, eps: float, noise: KeyedNoise) -> Tensor:
+    signed = 2.0 * noise.uniform(0, like) - 1.0
+    laplace = -signed.sign() * (-signed.abs()).log1p()
+    direction = laplace / per_image(_l1_size(laplace).clamp_min(_TINY))
+    return direction * noise.uniform(1, like[:, :1, :1, :1]) * eps
+
+
 NORMS: dict[str, Norm] = {
     "Linf": Norm(
         size=lambda delta: delta.flatten(1).abs().amax(1),
-        project=lambda delta, eps: delta.clamp(-eps, eps),
-        steepest=torch.sign,
+        project=_linf_project,
+        steepest=lambda gradient, free: gradient.sign(),
         start=_linf_start,
     ),
     "L2": Norm(_l2_size, _l2_project, _l2_steepest, _l2_start),
+    "L1": Norm(_l1_size, _l1_project, _l1_steepest, _l1_start),
 }
 
 
@@ -75,7 +144,7 @@ class ThreatModel:
     """Perturbations of at most `eps` in `norm` that keep every pixel in [0, 1].
 
     Attributes:
-        norm: a name in `NORMS`: "Linf" or "L2".
+        norm: a name in `NORMS`: "Linf", "L2" or "L1".
         eps: the largest norm, above 0, in [0, 1] pixel units.
 
     Raises:
@@ -95,19 +164,25 @@ class ThreatModel:
         return f"{self.norm} {fraction(self.eps)}"
 
     def project(self, x: Tensor, origin: Tensor) -> Tensor:
-        """Project x onto the eps-ball around `origin`, then clip to [0, 1]."""
-        return (origin + NORMS[self.norm].project(x - origin, self.eps)).clamp(0.0, 1.0)
+        """Project x onto the part of the eps-ball around `origin` that lies in [0, 1]."""
+        delta = NORMS[self.norm].project(x - origin, self.eps, -origin, 1.0 - origin)
+        return (origin + delta).clamp(0.0, 1.0)
 
     def size(self, x: Tensor, origin: Tensor) -> Tensor:
         """Return ‖x − origin‖ `[b]`."""
         return NORMS[self.norm].size(x - origin)
 
-    def step(self, x: Tensor, origin: Tensor, gradient: Tensor, step_size: float) -> Tensor:
-        """Move x by `step_size` along the steepest direction, and project."""
-        return self.project(x + step_size * NORMS[self.norm].steepest(gradient), origin)
+    def direction(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """Return a direction of unit norm along which the gradient at x rises fastest."""
+        free = torch.where(gradient > 0, x < 1.0, x > 0.0)
+        return NORMS[self.norm].steepest(gradient, free)
+
+    def step(self, x: Tensor, origin: Tensor, gradient: Tensor, step_size: Bound) -> Tensor:
+        """Move x by `step_size`, one number or `[b, 1, 1, 1]`, along `direction`, and project."""
+        return self.project(x + step_size * self.direction(x, gradient), origin)
 
     def random_start(self, origin: Tensor, noise: KeyedNoise) -> Tensor:
-        """Draw a start: uniform in the Linf ball; in L2 a random direction × U[0, eps]."""
+        """Draw a start: uniform in the Linf ball; in L2 and L1 a random direction × U[0, eps]."""
         return self.project(origin + NORMS[self.norm].start(origin, self.eps, noise), origin)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -42,11 +43,12 @@ class TrainingPerturbation:
         """Return `images` `[b, C, H, W]` perturbed to raise the loss."""
         norm, eps = NORMS[self.threat.norm], self.threat.eps
         start = 2.0 * torch.rand(images.shape, generator=generator) - 1.0
-        delta = norm.project(start.to(images) * eps, eps)
+        everywhere = torch.ones_like(images)
+        delta = norm.project(start.to(images) * eps, eps, -inf, inf)
         for _ in range(self.steps):
             delta.requires_grad_()
             loss = F.cross_entropy(classifier(images + delta).float(), labels)
             (gradient,) = torch.autograd.grad(loss, delta)
-            step = 1.25 * eps / self.steps * norm.steepest(gradient)
-            delta = norm.project(delta.detach() + step, eps)
+            step = 1.25 * eps / self.steps * norm.steepest(gradient, everywhere)
+            delta = norm.project(delta.detach() + step, eps, -inf, inf)
         return images + delta

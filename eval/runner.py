@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ebm_defense.attacks.base import Attack, Proposal, attack_replicates
+from ebm_defense.attacks.hearing import refuse_nan
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.eval.protocol import Protocol
@@ -22,7 +23,6 @@ from ebm_defense.eval.verdict import (
     Stream,
     Verdict,
     draw_logits,
-    refuse_nan,
     uncounted,
 )
 from ebm_defense.noise import derive_seed

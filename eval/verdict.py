@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ebm_defense.attacks.base import Proposal, attack_replicates
+from ebm_defense.attacks.hearing import refuse_nan
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
@@ -162,17 +163,6 @@ def draw_logits(
         logits = defense.replicate_logits(images, keys)
     stream.hear(keys.numel() * defense.purifier.chain_steps)
     return logits
-
-
-def refuse_nan(logits: Tensor, ids: Sequence[int]) -> None:
-    """Refuse logits that are not finite, naming the images."""
-    bad = ~logits.isfinite().all(-1).all(0)
-    if bad.any():
-        names = ", ".join(str(ids[i]) for i in bad.nonzero().flatten().tolist()[:10])
-        raise UsageError(
-            f"the defense returned NaN or infinite logits for image {names}; no verdict can rest "
-            "on them: lower the purifier's step size, or check the classifier's weights."
-        )
 
 
 def judge_images(

@@ -15,7 +15,7 @@ from ebm_defense.attacks.threat import NORMS, fraction
 from ebm_defense.noise import KeyedNoise
 
 SEEDS = st.integers(0, 2**31)
-NAMES = st.sampled_from(["Linf", "L2"])
+NAMES = st.sampled_from(list(NORMS))
 SHAPES = st.tuples(st.integers(1, 3), st.sampled_from([1, 3]), st.integers(1, 6), st.integers(1, 6))
 ROUNDING = 1e-6
 
@@ -85,6 +85,58 @@ def test_an_l2_projection_keeps_the_direction_and_reaches_the_sphere(seed, eps, 
     torch.testing.assert_close(found, delta * (eps / reach), rtol=1e-4, atol=ROUNDING)
 
 
+def bisected_l1(x: Tensor, origin: Tensor, eps: float) -> Tensor:
+    """The nearest point of the L1 ball in the box, by bisection on what every pixel gives up."""
+    delta, origin = (x - origin).double().flatten(1), origin.double().flatten(1)
+
+    def shrunk(given: Tensor) -> Tensor:
+        soft = delta.sign() * (delta.abs() - given).clamp_min(0.0)
+        return soft.clamp(-origin, 1.0 - origin)
+
+    low = torch.zeros(len(delta), 1).double()
+    high = low + delta.abs().max() + 1.0
+    if eps >= float(shrunk(low).abs().sum(1).max()):
+        return (origin + shrunk(low)).view_as(x)
+    for _ in range(80):
+        middle = (low + high) / 2.0
+        over = shrunk(middle).abs().sum(1, keepdim=True) > eps
+        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+    inside = shrunk(torch.zeros_like(low)).abs().sum(1, keepdim=True) <= eps
+    return (origin + shrunk(torch.where(inside, 0.0, high))).view_as(x)
+
+
+@given(cases())
+def test_an_l1_projection_is_the_nearest_point(case):
+    eps = case.threat.eps
+    found = ThreatModel(norm="L1", eps=eps).project(case.x, case.origin)
+    expected = bisected_l1(case.x, case.origin, eps).float()
+    torch.testing.assert_close(found, expected, rtol=ROUNDING, atol=ROUNDING)
+
+
+@given(cases(), SEEDS, st.floats(0.0, 1.0))
+def test_no_point_within_the_l1_threat_model_is_nearer_than_the_projection(case, seed, share):
+    threat = ThreatModel(norm="L1", eps=case.threat.eps)
+    found = threat.project(case.x, case.origin)
+    other = threat.random_start(case.origin, KeyedNoise(keys(seed, len(case.origin))))
+    between = share * found + (1.0 - share) * other
+    far, near = ((y - case.x).double().flatten(1).norm(dim=1) for y in (between, found))
+    assert bool((near <= far + ROUNDING * (1.0 + far)).all())
+
+
+@given(SEEDS)
+def test_a_sparse_step_goes_along_the_largest_slopes_that_can_move(seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = (1.4 * torch.rand((3, 1, 20, 20), generator=generator) - 0.2).clamp(0.0, 1.0)
+    gradient = torch.randn(x.shape, generator=generator)
+    step = ThreatModel(norm="L1", eps=1.0).direction(x, gradient)
+    torch.testing.assert_close(step.flatten(1).abs().sum(1), torch.ones(3))
+    able = torch.where(gradient > 0, x < 1.0, x > 0.0)
+    for g, s, a in zip(gradient, step, able, strict=True):
+        chosen = (g.abs() * a).flatten().argsort(descending=True)[:4]
+        assert set(s.flatten().nonzero().flatten().tolist()) == set(chosen.tolist())
+        assert bool((s.flatten()[chosen] == g.flatten()[chosen].sign() / 4).all())
+
+
 @given(cases(), SEEDS, st.floats(1e-3, 10.0))
 def test_a_step_obeys_the_threat_model(case, seed, step_size):
     x = case.threat.project(case.x, case.origin)
@@ -110,7 +162,7 @@ def test_a_start_depends_on_its_images_key_only(norm, seed, order):
     torch.testing.assert_close(alone, together[:1], rtol=ROUNDING, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_starts_of_other_keys_differ(norm):
     threat, origin = ThreatModel(norm=norm, eps=0.1), torch.full((2, 1, 5, 5), 0.5)
     first, second = threat.random_start(origin, KeyedNoise(torch.tensor([1, 2])))
@@ -138,18 +190,21 @@ def test_l2_starts_have_uniform_radii():
 def test_the_steepest_l2_direction_has_unit_norm(shape, seed, exponent):
     # A confident classifier's gradients are as small as its softmax: e^-50 is no rarity.
     unscaled = 0.1 + torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-    size = NORMS["L2"].steepest(unscaled * 10.0**exponent).flatten(1).norm(dim=1)
+    gradient = unscaled * 10.0**exponent
+    step = NORMS["L2"].steepest(gradient, torch.ones_like(gradient))
+    size = step.flatten(1).norm(dim=1)
     torch.testing.assert_close(size, torch.ones_like(size), rtol=1e-4, atol=1e-4)
 
 
 @given(SHAPES, SEEDS)
 def test_the_steepest_linf_direction_gains_the_l1_norm(shape, seed):
     gradient = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    gain = (gradient * NORMS["Linf"].steepest(gradient)).flatten(1).sum(1)
+    steepest = NORMS["Linf"].steepest(gradient, torch.ones_like(gradient))
+    gain = (gradient * steepest).flatten(1).sum(1)
     torch.testing.assert_close(gain, gradient.flatten(1).abs().sum(1))
 
 
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_no_gradient_means_no_motion(norm):
     threat, x = ThreatModel(norm=norm), torch.full((2, 1, 3, 3), 0.5)
     assert torch.equal(threat.step(x, x, torch.zeros_like(x), 0.1), x)
@@ -162,8 +217,8 @@ def test_an_impossible_eps_is_refused(eps):
 
 
 def test_an_unknown_norm_is_refused_with_the_known_ones():
-    with pytest.raises(UsageError, match="Linf, L2"):
-        ThreatModel(norm="L1")
+    with pytest.raises(UsageError, match="Linf, L2, L1"):
+        ThreatModel(norm="L3")
 
 
 @given(st.integers(1, 255))

@@ -1,0 +1,377 @@
+"""Auto-PGD, untargeted and targeted, with every quantity a mean over replicates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from ebm_defense.attacks.ascent import (
+    attack_name,
+    check_budget,
+    check_positive,
+    start,
+    without_purifier,
+)
+from ebm_defense.attacks.base import DirectCall, Judge, attack_replicates, lenient
+from ebm_defense.attacks.gradients import Gradient, Identity
+from ebm_defense.attacks.hearing import Hearing, Seen
+from ebm_defense.attacks.losses import (
+    CrossEntropy,
+    Loss,
+    TargetedDLR,
+    TargetedLoss,
+    refuse_targeted,
+    takes_targets,
+)
+from ebm_defense.attacks.threat import ThreatModel, per_image
+from ebm_defense.defense import PurifiedClassifier
+from ebm_defense.errors import UsageError
+
+RISE = 0.75  # ρ: the share of rising steps below which a step is halved
+INERTIA = 0.75  # a: the share of the new move in a step
+
+Aim = Callable[[Tensor], Loss]
+"""The loss for these rows of the batch."""
+
+
+class Climb(NamedTuple):
+    """Where each image's ascent is, every tensor `[b, …]`.
+
+    Attributes:
+        x: the iterate, and `before` the one before it.
+        gradient: at x.
+        loss: at x.
+        best: the point of the highest loss, with its `best_gradient` and `best_loss`.
+        size: the step size.
+        rises: steps since the last check that raised the loss.
+        checked: the best loss at the last check, and whether the step was `halved` there.
+    """
+
+    x: Tensor
+    before: Tensor
+    gradient: Tensor
+    loss: Tensor
+    best: Tensor
+    best_gradient: Tensor
+    best_loss: Tensor
+    size: Tensor
+    rises: Tensor
+    checked: Tensor
+    halved: Tensor
+
+    def of(self, stands: Tensor) -> Climb:
+        """Return the ascent of these images alone."""
+        return Climb(*(values[stands] for values in self))
+
+
+def begin(x: Tensor, seen: Seen, eps: float) -> Climb:
+    """Return the ascent at its start, just seen."""
+    yes = torch.ones_like(seen.loss, dtype=torch.bool)
+    return Climb(
+        x=x,
+        before=x,
+        gradient=seen.gradient,
+        loss=seen.loss,
+        best=x,
+        best_gradient=seen.gradient,
+        best_loss=seen.loss,
+        size=torch.full_like(seen.loss, 2.0 * eps),
+        rises=torch.zeros_like(seen.loss),
+        checked=seen.loss,
+        halved=yes,
+    )
+
+
+def advance(climb: Climb, origin: Tensor, threat: ThreatModel, inertia: float) -> Climb:
+    """Take one step with momentum (Croce and Hein 2020, algorithm 1, lines 7 and 8)."""
+    z = threat.step(climb.x, origin, climb.gradient, per_image(climb.size))
+    moved = inertia * (z - climb.x) + (1.0 - inertia) * (climb.x - climb.before)
+    return climb._replace(x=threat.project(climb.x + moved, origin), before=climb.x)
+
+
+def heed(climb: Climb, seen: Seen) -> Climb:
+    """Take note of what was seen at the iterate."""
+    better = seen.loss > climb.best_loss
+    wide = per_image(better)
+    return climb._replace(
+        gradient=seen.gradient,
+        loss=seen.loss,
+        rises=climb.rises + (seen.loss > climb.loss),
+        best=torch.where(wide, climb.x, climb.best),
+        best_gradient=torch.where(wide, seen.gradient, climb.best_gradient),
+        best_loss=torch.where(better, seen.loss, climb.best_loss),
+    )
+
+
+def check(climb: Climb, window: int) -> Climb:
+    """Halve the step of images that no longer rise, and send them back to their best point."""
+    few = climb.rises <= RISE * window
+    stuck = ~climb.halved & (climb.best_loss <= climb.checked)
+    halved = few | stuck
+    wide = per_image(halved)
+    return climb._replace(
+        size=torch.where(halved, climb.size / 2.0, climb.size),
+        x=torch.where(wide, climb.best, climb.x),
+        gradient=torch.where(wide, climb.best_gradient, climb.gradient),
+        rises=torch.zeros_like(climb.rises),
+        checked=climb.best_loss,
+        halved=halved,
+    )
+
+
+def refresh(climb: Climb, seen: Seen) -> Climb:
+    """Replace what is known of the best point, chosen for its luck too, by a fresh look at it."""
+    back = per_image(climb.halved)
+    return climb._replace(
+        gradient=torch.where(back, seen.gradient, climb.gradient),
+        best_gradient=seen.gradient,
+        best_loss=seen.loss,
+        checked=seen.loss,
+    )
+
+
+def windows(steps: int) -> dict[int, int]:
+    """Return the checks of a run: after which step, of how many steps each.
+
+    The first after ⌊0.22·steps⌋, then each window shorter by ⌊0.03·steps⌋ down to ⌊0.06·steps⌋,
+    and none of them below 1. A check after the last step would change nothing.
+    """
+    width, at = max(int(0.22 * steps), 1), 0
+    shortest, shrink = max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
+    checks: dict[int, int] = {}
+    while at + width < steps:
+        at += width
+        checks[at] = width
+        width = max(width - shrink, shortest)
+    return checks
+
+
+def reviews(steps: int, every: int) -> list[int]:
+    """Return the checks at which the best point is seen afresh: `every` steps apart, or more."""
+    last, chosen = 0, []
+    for at in windows(steps):
+        if at - last >= every:
+            chosen.append(at)
+            last = at
+    return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoPGD(DirectCall):
+    """The ascent of Croce and Hein (2020), which chooses its own steps, per image.
+
+    Attributes:
+        threat: what may change.
+        steps: gradient steps, 0 or more.
+        replicates: purifications an image and step, at least 1.
+        gradient: how the defense is differentiated.
+        restarts: runs, each from a random start of its own, at least 1.
+        review: the best point is seen afresh at the first check that is so many steps after the
+            last time, at least 1; more than `steps` for never.
+
+    Returns the images that the replicates find wrong on average, or else of the highest loss.
+
+    Raises:
+        UsageError: a setting out of range, or a loss that does not fit.
+    """
+
+    threat: ThreatModel = field(default_factory=ThreatModel)
+    steps: int = 100
+    replicates: int = 20
+    gradient: Gradient = field(default_factory=Identity)
+    restarts: int = 1
+    review: int = 10
+
+    def __post_init__(self) -> None:
+        check_budget(self.steps, self.replicates, self.restarts)
+        check_positive("review", self.review)
+
+    @property
+    def name(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def direct(self) -> Self:
+        return replace(self, gradient=without_purifier(self.gradient))
+
+    @property
+    def runs(self) -> int:
+        """How many ascents there are at most."""
+        return self.restarts
+
+    @property
+    def looks(self) -> int:
+        return self.runs * (self.steps + 1 + len(reviews(self.steps, self.review)))
+
+    def chain_steps(self, defense: PurifiedClassifier) -> int:
+        again = len(reviews(self.steps, self.review)) if defense.purifier.stochastic else 0
+        climbing = (self.steps + again) * self.look_steps(defense)
+        return self.runs * (climbing + self.plain_look_steps(defense))
+
+    def look_steps(self, defense: PurifiedClassifier) -> int:
+        """Return the chain-steps of a look at one image with a gradient."""
+        draws = len(attack_replicates(self.replicates, defense))
+        return draws * self.gradient.chain_steps(defense)
+
+    def plain_look_steps(self, defense: PurifiedClassifier) -> int:
+        """Return the chain-steps of a look at one image without a gradient."""
+        return len(attack_replicates(self.replicates, defense)) * defense.purifier.chain_steps
+
+    def run(
+        self,
+        defense: PurifiedClassifier,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        ids: Sequence[int],
+        seed: int,
+        judge: Judge = lenient,
+    ) -> Tensor:
+        hearing = Hearing(
+            defense,
+            images,
+            labels,
+            ids=ids,
+            seed=seed,
+            judge=judge,
+            replicates=self.replicates,
+        )
+        for number, aim in enumerate(self._aims(hearing)):
+            if not hearing.over:
+                self._climb(hearing, number, aim)
+        return hearing.found
+
+    def _aims(self, hearing: Hearing) -> Iterator[Aim]:
+        """Yield the loss of each run."""
+        raise NotImplementedError
+
+    def _climb(self, hearing: Hearing, number: int, aim: Aim) -> None:
+        """Run one ascent, for the images that stand."""
+        checks = windows(self.steps)
+        again = reviews(self.steps, self.review) if hearing.random else []
+        x = start(hearing, self.threat, number, random=True)
+        seen = self._look(hearing, x, aim, last=self.steps == 0)
+        climb = begin(x[seen.stands], seen, self.threat.eps)
+        for step in range(1, self.steps + 1):
+            if hearing.over:
+                return
+            inertia = INERTIA if step > 1 else 1.0
+            climb = advance(climb, hearing.originals, self.threat, inertia)
+            seen = self._look(hearing, climb.x, aim, last=step == self.steps)
+            climb = climb.of(seen.stands)
+            climb = heed(climb, self._blend(seen, climb.gradient, step))
+            if step in checks:
+                climb = check(climb, checks[step])
+            if step in again and not hearing.over:
+                seen = self._look(hearing, climb.best, aim)
+                climb = refresh(climb.of(seen.stands), seen)
+
+    def _look(self, hearing: Hearing, x: Tensor, aim: Aim, last: bool = False) -> Seen:
+        seen = hearing.look(x, aim(hearing.rows), None if last else self._source)
+        hearing.keep(x[seen.stands], seen)
+        return seen
+
+    @property
+    def _source(self) -> Gradient:
+        """Where gradients come from."""
+        return self.gradient
+
+    def _blend(self, seen: Seen, earlier: Tensor, step: int) -> Seen:
+        """Return what was seen, its gradient mixed with the earlier one if an attack does so."""
+        return seen
+
+
+@dataclass(frozen=True, kw_only=True)
+class APGD(AutoPGD):
+    """Auto-PGD (Croce and Hein 2020) on a loss over replicates.
+
+    On a random defense every loss, gradient and best point is a mean over the replicates. The
+    best of many noisy losses is also the luckiest, and would stop the ascent; so it is seen
+    afresh now and then, on new noise, and its loss and gradient replaced. On a deterministic
+    defense nothing is seen twice, and the attack is the published one step by step. In L1 it is
+    the same ascent with that norm's sparse steps, not the APGD of Croce and Hein (2021).
+
+    Attributes:
+        loss: what is maximised.
+    """
+
+    loss: Loss = field(default_factory=CrossEntropy)
+
+    kind: ClassVar[str] = "APGD"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_targeted(self.loss, self.name)
+
+    @property
+    def name(self) -> str:
+        return attack_name(self.kind, self.loss, self.steps, self.restarts)
+
+    def _aims(self, hearing: Hearing) -> Iterator[Aim]:
+        for _ in range(self.restarts):
+            yield lambda rows: self.loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetedAPGD(AutoPGD):
+    """Auto-PGD towards one wrong class after the other (Croce and Hein 2020, section 5).
+
+    The targets are the classes whose logits, averaged over the replicates of one look at the
+    image itself, are the highest but for the true one's. Restarts are runs for each target.
+
+    Attributes:
+        targets: classes to try, at least 1; a model with fewer wrong classes has fewer.
+        loss: a loss that takes targets.
+    """
+
+    loss: TargetedLoss = field(default_factory=TargetedDLR)
+    targets: int = 9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not takes_targets(self.loss):
+            raise UsageError("TargetedAPGD needs a loss that takes targets, as TargetedDLR().")
+        if self.targets < 1:
+            raise UsageError(f"a targeted attack needs at least 1 target, not {self.targets}.")
+
+    @property
+    def name(self) -> str:
+        restarts = f" ×{self.restarts}" if self.restarts > 1 else ""
+        return f"APGD-T-{self.steps}, {self.targets} targets{restarts}"
+
+    @property
+    def runs(self) -> int:
+        return self.targets * self.restarts
+
+    @property
+    def looks(self) -> int:
+        return 1 + super().looks
+
+    def chain_steps(self, defense: PurifiedClassifier) -> int:
+        return self.plain_look_steps(defense) + super().chain_steps(defense)
+
+    def _aims(self, hearing: Hearing) -> Iterator[Aim]:
+        if hearing.over:
+            return
+        ranked = self._rank(hearing)
+        for target in range(min(self.targets, ranked.shape[1] - 1)):
+            for _ in range(self.restarts):
+                yield self._towards(ranked[:, target])
+
+    def _towards(self, targets: Tensor) -> Aim:
+        return lambda rows: partial(self.loss, targets=targets[rows])
+
+    def _rank(self, hearing: Hearing) -> Tensor:
+        """Look at the images and return their classes `[n, classes]`, the likeliest wrong first."""
+        count = len(hearing.found)
+        seen = hearing.look(hearing.originals, CrossEntropy())
+        mean = seen.logits.mean(0)
+        wrong = mean.scatter(1, hearing.labels[:, None], -torch.inf)
+        ranked = hearing.labels.new_zeros(count, mean.shape[1])
+        ranked[hearing.rows] = wrong.argsort(dim=1, descending=True)
+        return ranked
