@@ -111,3 +111,6 @@ class Identity(Pullback):
 
     def chain_steps(self, defense: PurifiedClassifier) -> int:
         return defense.purifier.chain_steps
+
+
+GRADIENTS: dict[str, Callable[..., Gradient]] = {"bpda": Identity}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,3 +41,6 @@ class CrossEntropy:
             return F.cross_entropy(averaged, labels, reduction="none")
         # A mean of log-probabilities need not be normalised again; that would be another loss.
         return F.nll_loss(averaged, labels, reduction="none")
+
+
+LOSSES: dict[str, Callable[..., Loss]] = {"ce": CrossEntropy}
