@@ -1,5 +1,6 @@
 """What an attacker does: a threat model × a gradient × a loss × an optimiser."""
 
+from ebm_defense.attacks.advgan import AdvGAN
 from ebm_defense.attacks.art_adapter import ArtAttack
 from ebm_defense.attacks.base import Attack, Proposal
 from ebm_defense.attacks.catalogue import ATTACKS, make_attack
@@ -14,6 +15,7 @@ from ebm_defense.attacks.transfer import Transfer
 __all__ = [
     "ATTACKS",
     "PGD",
+    "AdvGAN",
     "ArtAttack",
     "Attack",
     "CrossEntropy",

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ebm_defense.attacks import spec
+from ebm_defense.attacks.advgan import AdvGAN
 from ebm_defense.attacks.art_adapter import ArtAttack
 from ebm_defense.attacks.base import Attack
 from ebm_defense.attacks.foolbox_adapter import FoolboxAttack
@@ -67,6 +68,11 @@ def transfer(
     return Transfer(attack=pgd, replicates=replicates, source=model, label=source)
 
 
+def advgan(folder: str, *, threat: ThreatModel, replicates: int = 15) -> AdvGAN:
+    """Make AdvGAN from the folder that `ebm-defense train-advgan` wrote."""
+    return AdvGAN(weights=folder, threat=threat, replicates=replicates)
+
+
 ATTACKS: dict[str, Entry] = {
     "bpda": Entry(
         PGD, "PGD on replicates, purifier as identity", "Hill et al. 2021", fixed=("gradient",)
@@ -79,6 +85,7 @@ FAMILIES: dict[str, Entry] = {
     "transfer": Entry(
         transfer, "PGD's images of another defense, a name or folder", "Papernot et al. 2016"
     ),
+    "advgan": Entry(advgan, "a trained generator, FOLDER of train-advgan", "Xiao et al. 2018"),
     "foolbox": Entry(FoolboxAttack.of, "an attack of foolbox", "Rauber et al. 2017"),
     "torchattacks": Entry(TorchattacksAttack.of, "an attack of torchattacks", "Kim 2020"),
     "art": Entry(ArtAttack.of, "an evasion attack of ART", "Nicolae et al. 2018"),

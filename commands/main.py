@@ -29,6 +29,7 @@ COMMANDS: dict[str, Entry] = {
     "train-classifier": Entry(
         "train_classifier", "TrainClassifier", "learn a classifier, also on purified images"
     ),
+    "train-advgan": Entry("train_advgan", "TrainAdvgan", "train a generator of attacks, AdvGAN"),
     "assemble": Entry("assemble", "Assemble", "put trained parts together into a defense folder"),
     "checkpoints": Entry("checkpoints", "Checkpoints", "list, verify and import defenses"),
 }
