@@ -2,72 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ebm_defense.attacks.base import (
-    Attack,
-    DirectCall,
-    Judge,
-    Proposal,
-    attack_replicates,
-    lenient,
-)
+from ebm_defense.attacks.base import Attack
+from ebm_defense.attacks.final import FinalImages, check_replicates
 from ebm_defense.attacks.pgd import PGD
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
-from ebm_defense.noise import chain_keys
 
 SOURCES = {"classifier": "its own classifier", "undefended": "the undefended classifier"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transfer(DirectCall):
-    """The final iterates of an attack on a bare classifier, put before the defense.
+class Transfer(FinalImages):
+    """The final iterates of an attack on another model, put before the defense.
 
     Attributes:
-        attack: the attack on the bare classifier.
+        attack: the attack on the other model.
         replicates: purifications of each final image before it is judged.
-        source: whose images they are, a name in `SOURCES`: "classifier", the defense's own without
-            its purifier, or "undefended", the one that reports show as undefended.
+        source: whose images they are: a name in `SOURCES` ("classifier", the defense's own without
+            its purifier, or "undefended", the one that reports show as undefended), or a model
+            given on its own: a `PurifiedClassifier` or any classifier of [0, 1] images.
+        label: what tables call a model given on its own.
     """
 
     attack: Attack = field(default_factory=PGD)
     replicates: int = 15
-    source: str = "classifier"
+    source: str | Callable[[Tensor], Tensor] = "classifier"
+    label: str = "another defense"
 
     def __post_init__(self) -> None:
-        if self.source not in SOURCES:
+        if isinstance(self.source, str) and self.source not in SOURCES:
             raise UsageError(
-                f"transfer comes from {' or '.join(SOURCES)}, not from {self.source!r}."
+                f"transfer comes from {' or '.join(SOURCES)} or from a model, "
+                f"not from {self.source!r}."
             )
-        if self.replicates < 1:
-            raise UsageError(f"replicates must be at least 1, not {self.replicates}.")
+        if not isinstance(self.source, str | nn.Module):
+            object.__setattr__(self, "source", as_defense(self.source))
+        check_replicates(self.replicates)
 
     @property
-    def threat(self) -> ThreatModel:
+    def threat(self) -> ThreatModel:  # type: ignore[override]
         return self.attack.threat
 
     @property
     def name(self) -> str:
-        return f"transfer {self.attack.name} from {SOURCES[self.source]}"
+        source = SOURCES[self.source] if isinstance(self.source, str) else self.label
+        return f"transfer {self.attack.name} from {source}"
 
     @property
     def direct(self) -> Attack:
         return self.attack.direct
 
-    @property
-    def looks(self) -> int:
-        return 1
-
     def chain_steps(self, defense: PurifiedClassifier) -> int:
-        return len(attack_replicates(self.replicates, defense)) * defense.purifier.chain_steps
+        return super().chain_steps(defense) + self.attack.chain_steps(self._model(defense))
 
-    def run(
+    def craft(
         self,
         defense: PurifiedClassifier,
         images: Tensor,
@@ -75,12 +69,9 @@ class Transfer(DirectCall):
         *,
         ids: Sequence[int],
         seed: int,
-        judge: Judge = lenient,
     ) -> Tensor:
-        bare = as_defense(getattr(defense, self.source))
-        x = self.attack.run(bare, images, labels, ids=ids, seed=seed)
-        keys = chain_keys(seed, "transfer look", ids, attack_replicates(self.replicates, defense))
-        with torch.no_grad():
-            logits = defense.replicate_logits(x, keys)
-        judge(Proposal(0, torch.arange(len(x)), x, logits))
-        return x
+        return self.attack.run(self._model(defense), images, labels, ids=ids, seed=seed)
+
+    def _model(self, defense: PurifiedClassifier) -> PurifiedClassifier:
+        named = isinstance(self.source, str)
+        return as_defense(getattr(defense, self.source) if named else self.source)  # type: ignore

@@ -1,7 +1,7 @@
 """Which gradient breaks a piecewise linear energy: smoothed ones beside BPDA, at equal budget.
 
     python benchmarks/smoothing.py                                  # validation images
-    python benchmarks/smoothing.py --split test --images 64 --gradients bpda smoothed:width=1
+    python benchmarks/smoothing.py --split test --images 64 --gradients bpda 'smoothed(width=1)'
 
 Every gradient drives the same PGD from the same start on the same images, with the same replicates
 and steps, and is judged on the same number of fresh draws. Beside robust accuracy stand the cost,
@@ -32,7 +32,7 @@ STEPS_ACROSS_EPS = 4
 def gradients(given: argparse.Namespace) -> dict[str, Gradient]:
     """Return the gradients to compare, by their specs."""
     grid = [
-        f"smoothed:width={width:g},stride={stride},precision={given.precision}"
+        f"smoothed(width={width:g}, stride={stride}, precision={given.precision!r})"
         for width in given.widths
         for stride in given.strides
     ]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 
 from ebm_defense.commands.parts import (
     Device,
@@ -20,6 +21,7 @@ from ebm_defense.data import Images, dataset, load_data
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.eval import Protocol, Report, evaluate, get_protocol
+from ebm_defense.eval.choice import choose
 from ebm_defense.eval.figures import draw_strip, purification_rows
 from ebm_defense.eval.probe import probe
 from ebm_defense.eval.records import default_folder
@@ -66,8 +68,15 @@ class Evaluate:
     """Attack replicates."""
     judge_replicates: int | None = None
     """Fresh replicates of a verification, and of clean accuracy."""
-    attack: tuple[str, ...] = ()
-    """Run only these of the protocol's attacks: bpda, transfer."""
+    attack: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Instead of the protocol's attacks one that `ebm-defense attacks` lists: bpda, pgd(steps=20),
+    "foolbox:L2DeepFoolAttack(steps=10)"; may be given several times."""
+    gradient: str | None = None
+    """How the attacks that take a gradient differentiate the defense."""
+    loss: str | None = None
+    """What the attacks that take a loss maximise."""
+    transfer_from: str | None = None
+    """Run the transfer of another defense's images, a shipped name or a folder."""
     langevin_steps: int | None = None
     """Langevin steps K, instead of the defense's own."""
     precision: str = "auto"
@@ -126,7 +135,16 @@ class Evaluate:
             "replicates": self.replicates,
             "judge_replicates": self.judge_replicates,
         }
-        return get_protocol(self.protocol, only=self.attack or None, **budget)
+        transfers = () if self.transfer_from is None else (f"transfer:{self.transfer_from}",)
+        return choose(
+            get_protocol(self.protocol, **budget),
+            (*self.attack, *transfers),
+            gradient=self.gradient,
+            loss=self.loss,
+            steps=self.steps,
+            step_size=self.step_size,
+            replicates=self.replicates,
+        )
 
     def _defense(self) -> PurifiedClassifier:
         options: dict[str, Any] = {"max_chains": self.max_chains}

@@ -23,11 +23,14 @@ class Entry(NamedTuple):
 
 COMMANDS: dict[str, Entry] = {
     "evaluate": Entry("evaluate", "Evaluate", "attack a defense, judge it, print the table"),
+    "attacks": Entry("attacks", "Attacks", "list every attack by name, with its cost"),
+    "corruptions": Entry("corruptions", "Corruptions", "measure a defense on common corruptions"),
     "purify": Entry("purify", "Purify", "purify images and draw a film strip of it"),
     "train-ebm": Entry("train_ebm", "TrainEbm", "learn an energy by maximum likelihood"),
     "train-classifier": Entry(
         "train_classifier", "TrainClassifier", "learn a classifier, also on purified images"
     ),
+    "train-advgan": Entry("train_advgan", "TrainAdvgan", "train a generator of attacks, AdvGAN"),
     "assemble": Entry("assemble", "Assemble", "put trained parts together into a defense folder"),
     "checkpoints": Entry("checkpoints", "Checkpoints", "list, verify and import defenses"),
 }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from ebm_defense.attacks import PGD, Attack, ThreatModel, Transfer
 from ebm_defense.errors import UsageError
+from ebm_defense.fingerprint import fingerprint
 
 PUBLISHED_EPS = 8 / 255
 STEPS_ACROSS_EPS = 4  # the published step is 2/255 at eps 8/255
@@ -83,18 +86,16 @@ def _quick(budget: Budget) -> Protocol:
     return _bpda("quick", preset, budget, transfer=False)
 
 
-KINDS: dict[str, type] = {"bpda": PGD, "transfer": Transfer}
 PROTOCOLS: dict[str, Callable[[Budget], Protocol]] = {"quick": _quick, "hill2021": _hill2021}
 
 
-def get_protocol(name: str, only: Sequence[str] | None = None, **budget: Any) -> Protocol:
+def get_protocol(name: str, **budget: Any) -> Protocol:
     """Return a preset, with some of its numbers replaced.
 
     Args:
         name: a name in `PROTOCOLS`.
         **budget: fields of `Budget`: norm, eps, steps, step_size, replicates, judge_replicates.
             A changed number shows in every table's footnote; the name stays.
-        only: run only these attacks, by their names in `KINDS`; all of the preset if not given.
 
     Raises:
         UsageError: an unknown name or number, or one out of range.
@@ -107,19 +108,7 @@ def get_protocol(name: str, only: Sequence[str] | None = None, **budget: Any) ->
             raise UsageError(
                 f"unknown protocol setting {key!r}; it has {', '.join(sorted(known))}."
             )
-    protocol = PROTOCOLS[name](Budget(**budget))
-    return protocol if only is None else _select(protocol, only)
-
-
-def _select(protocol: Protocol, only: Sequence[str]) -> Protocol:
-    for kind in only:
-        if kind not in KINDS:
-            raise UsageError(f"unknown attack {kind!r}; choose one of {', '.join(KINDS)}.")
-    wanted = tuple(KINDS[kind] for kind in only)
-    attacks = tuple(a for a in protocol.attacks if isinstance(a, wanted))
-    if not attacks:
-        raise UsageError(f"protocol {protocol.name} has no attack {' or '.join(only)}.")
-    return dataclasses.replace(protocol, attacks=attacks)
+    return PROTOCOLS[name](Budget(**budget))
 
 
 def describe(value: Any) -> Any:
@@ -128,6 +117,20 @@ def describe(value: Any) -> Any:
         fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
         kept = {k: v for k, v in fields.items() if v is not None}
         return {"kind": type(value).__name__, **kept}
+    if isinstance(value, nn.Module):
+        return _describe_model(value)
     if isinstance(value, tuple | list):
         return [describe(v) for v in value]
     return value
+
+
+def _describe_model(model: nn.Module) -> dict[str, Any]:
+    """Describe a model that an attack carries: its weights by their hash, and its numbers."""
+    parts = {k: describe(v) for k, v in vars(model).items() if dataclasses.is_dataclass(v)}
+    plain = {k: v for k, v in vars(model).items() if isinstance(v, int | float | str)}
+    unlike = ("training", "seed", "calls", "max_chains")  # what an attack's images do not rest on
+    described = {k: v for k, v in (parts | plain).items() if k not in unlike}
+    purifier = getattr(model, "purifier", None)
+    if isinstance(purifier, nn.Module):
+        described["purifier"] = _describe_model(purifier)
+    return {"kind": type(model).__name__, "weights": fingerprint(model), **described}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import platform
@@ -13,12 +12,13 @@ from typing import Any
 import pandas as pd
 import tomli_w
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.protocol import Protocol, describe
 from ebm_defense.files import load_tensors, save_tensors, writable_folder, write_text
+from ebm_defense.fingerprint import digest, fingerprint
 from ebm_defense.purifiers import LangevinPurifier
 from ebm_defense.weights import sha256
 
@@ -43,7 +43,7 @@ def settings_of(
             "weights": fingerprint(defense),
             "purifier": purifier_settings(defense, images),
         },
-        "data": {"images": len(images), "sha256": _digest([images, labels])},
+        "data": {"images": len(images), "sha256": digest([images, labels])},
     }
 
 
@@ -56,21 +56,6 @@ def purifier_settings(defense: PurifiedClassifier, images: Tensor) -> dict[str, 
         settings["precision"] = purifier.resolved_precision(images)
     plain = {k: v for k, v in vars(purifier).items() if isinstance(v, int | float | str)}
     return settings | {k: v for k, v in plain.items() if k not in ("training", "precision")}
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Return the SHA-256 of a model's weights and buffers."""
-    return _digest([v for _, v in sorted(model.state_dict().items())])
-
-
-def _digest(tensors: list[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
-    return digest.hexdigest()
 
 
 def environment() -> dict[str, Any]:
@@ -134,8 +119,8 @@ class RunFolder:
         records, images, sums = self._files(start)
         if not sums.exists():
             return None
-        for file, digest in zip((records, images), sums.read_text().split(), strict=False):
-            if not file.exists() or sha256(file) != digest:
+        for file, listed in zip((records, images), sums.read_text().split(), strict=False):
+            if not file.exists() or sha256(file) != listed:
                 raise UsageError(
                     f"{file} is damaged or was changed; delete {sums} to run that shard again."
                 )

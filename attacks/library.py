@@ -1,0 +1,242 @@
+"""Attacks of other libraries, made on a defense as if it were a plain model."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import random
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ebm_defense.attacks import spec
+from ebm_defense.attacks.final import FinalImages, check_replicates
+from ebm_defense.attacks.threat import ThreatModel
+from ebm_defense.defense import PurifiedClassifier
+from ebm_defense.errors import UsageError
+from ebm_defense.noise import derive_seed
+
+ANY = "any"
+"""The norm of an attack that can be told its norm, or that has none of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibraryAttack(FinalImages):
+    """An attack class of another library; only its final images are judged.
+
+    The library sees the defense as a plain model that averages `replicates` purifications a call
+    (EOT) and whose gradient is the identity (BPDA). Its own success flags are not asked for.
+    Whatever it draws comes from the global generators of torch, NumPy and Python, which are seeded
+    from (seed, ids) for the call and put back; so its draws depend on the batch. An image on which
+    the library gives up stays as it is, with a warning.
+
+    Attributes:
+        attack: the class's name in the library.
+        threat: what may change; the images are projected onto it.
+        parameters: the class's own parameters, as a mapping or as "name=value, …"; those that
+            it needs of the threat model, the classes and the seed are filled in.
+        replicates: purifications a call and for the last look.
+
+    A subclass names the `library`, the classes `refused` with the reason, the packages that some
+    of them `needs`, and the required parameters that it has `filled` itself.
+
+    Raises:
+        UsageError: the library is not installed, or the class does not exist, cannot keep to the
+            norm, cannot attack an image classifier, or has no such parameter.
+    """
+
+    attack: str
+    threat: ThreatModel = field(default_factory=ThreatModel)
+    parameters: str | Mapping[str, Any] = ""
+    replicates: int = 15
+
+    library: ClassVar[str]
+    refused: ClassVar[Mapping[str, str]]
+    needs: ClassVar[Mapping[str, str]]
+    filled: ClassVar[frozenset[str]]
+
+    def __post_init__(self) -> None:
+        title = f"{self.library}:{self.attack}"
+        if not isinstance(self.parameters, str):
+            object.__setattr__(self, "parameters", spec.write(self.parameters, title))
+        check_replicates(self.replicates)
+        _check_class(type(self), self.attack, self.threat.norm)
+        self._check_parameters(title)
+
+    @classmethod
+    def of(cls, attack: str, *, threat: ThreatModel, replicates: int = 15, **own: Any) -> Self:
+        """Make the attack from its class's own parameters as keyword arguments."""
+        return cls(attack=attack, threat=threat, replicates=replicates, parameters=own)
+
+    @classmethod
+    @abstractmethod
+    def classes(cls) -> dict[str, type]:
+        """Return the library's attack classes by name."""
+
+    @classmethod
+    @abstractmethod
+    def norm_of(cls, attack: type) -> str | None:
+        """Return the norm that a class moves in, `ANY`, or None where no norm bounds it."""
+
+    @abstractmethod
+    def perturb(
+        self, model: PurifiedClassifier, images: Tensor, labels: Tensor, seed: int
+    ) -> Tensor:
+        """Run the library's attack on `images` `[b, C, H, W]`."""
+
+    @property
+    def name(self) -> str:
+        own = f"({self.parameters})" if self.parameters else ""
+        return f"{self.library} {self.attack}{own}"
+
+    @property
+    def direct(self) -> Self:
+        return self
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The class's own parameters that were given."""
+        assert isinstance(self.parameters, str)
+        return spec.parameters(self.parameters, self.name)
+
+    def keywords(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what to call the class with: `known` as far as it takes it, then its own."""
+        takes = spec.settings_of(self.classes()[self.attack])
+        return {name: value for name, value in known.items() if name in takes} | self.own
+
+    def craft(
+        self,
+        defense: PurifiedClassifier,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        ids: Sequence[int],
+        seed: int,
+    ) -> Tensor:
+        try:
+            return self._attempt(defense, images, labels, ids, seed)
+        except Exception as error:
+            _raise_if_out_of_memory(error)
+            return self._one_by_one(defense, images, labels, ids, seed)
+
+    def _one_by_one(
+        self,
+        defense: PurifiedClassifier,
+        images: Tensor,
+        labels: Tensor,
+        ids: Sequence[int],
+        seed: int,
+    ) -> Tensor:
+        crafted, failed, reason = images.clone(), [], ""
+        for i, number in enumerate(ids):
+            one = slice(i, i + 1)
+            try:
+                crafted[one] = self._attempt(defense, images[one], labels[one], [number], seed)
+            except Exception as error:
+                _raise_if_out_of_memory(error)
+                failed.append(number)
+                reason = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no reason'}"
+        if len(failed) == len(images):
+            raise UsageError(f"{self.name} cannot attack this model ({reason[:200].rstrip('.')}).")
+        if failed:
+            numbers = ", ".join(map(str, failed))
+            warnings.warn(f"{self.name} gave up on image {numbers} ({reason[:200]}).", stacklevel=2)
+        return crafted
+
+    def _attempt(
+        self,
+        defense: PurifiedClassifier,
+        images: Tensor,
+        labels: Tensor,
+        ids: Sequence[int],
+        seed: int,
+    ) -> Tensor:
+        own = derive_seed(seed, f"{self.library} {self.attack} {list(ids)}")
+        model = plain_view(defense, self.replicates, own)
+        with forked_generators(own, images.device):
+            found = self.perturb(model, images.clone(), labels.clone(), own % 2**31).detach()
+        finite = found.isfinite().flatten(1).all(1)
+        return torch.where(finite.view(-1, 1, 1, 1), found.to(images), images)
+
+    def _check_parameters(self, title: str) -> None:
+        signature = inspect.signature(self.classes()[self.attack])
+        takes = spec.settings_of(self.classes()[self.attack]) - {"model", "estimator", "classifier"}
+        spec.refuse_unknown(self.own, takes, title)
+        for name, parameter in signature.parameters.items():
+            wanted = parameter.default is parameter.empty and parameter.kind not in (
+                parameter.VAR_POSITIONAL,
+                parameter.VAR_KEYWORD,
+            )
+            if wanted and name in takes and name not in self.own and name not in self.filled:
+                raise UsageError(f"{title} needs its {name}: write {title}({name}=…).")
+
+
+def _check_class(kind: type[LibraryAttack], attack: str, norm: str) -> None:
+    classes = kind.classes()
+    if attack not in classes:
+        raise UsageError(f"{kind.library} has no attack {attack!r}; {spec.near(attack, classes)}.")
+    title = f"{kind.library}:{attack}"
+    if attack in kind.refused:
+        raise UsageError(f"{title} cannot be used here: {kind.refused[attack]}.")
+    package = kind.needs.get(attack)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UsageError(f"{title} needs the package {package}; pip install {package}.")
+    moves = kind.norm_of(classes[attack])
+    if moves is None:
+        raise UsageError(f"{title} cannot be used here: no norm bounds what it changes.")
+    if moves not in (ANY, norm):
+        raise UsageError(f"{title} moves in {moves}, not in {norm}; give a threat in {moves}.")
+
+
+def _raise_if_out_of_memory(error: Exception) -> None:
+    """Let through the one failure that is not the library's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        raise error
+
+
+def plain_view(defense: PurifiedClassifier, replicates: int, seed: int) -> PurifiedClassifier:
+    """Return a defense of the same parts that draws from a seed and a call counter of its own."""
+    return PurifiedClassifier(
+        defense.classifier,
+        defense.purifier,
+        replicates,
+        average=defense.average,
+        max_chains=defense.max_chains,
+        seed=seed,
+        undefended=defense.undefended,
+    )
+
+
+@contextmanager
+def forked_generators(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the global generators of torch, NumPy and Python for a block, and put them back."""
+    kept = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(kept[0])
+            np.random.set_state(kept[1])
+
+
+def not_installed(library: str, package: str) -> UsageError:
+    """Return what to raise where a library cannot be imported."""
+    return UsageError(
+        f"{library} is not installed; pip install 'ebm-defense[attacks]', or pip install {package}."
+    )
+
+
+def classes_count(model: PurifiedClassifier, images: Tensor) -> int:
+    """Return how many classes a defense tells apart."""
+    with torch.no_grad():
+        return int(model.classifier(images[:1]).shape[-1])

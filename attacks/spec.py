@@ -1,0 +1,112 @@
+"""Parts named on a command line: `name` or `name(parameter=value, …)`."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from ebm_defense.errors import UsageError
+
+T = TypeVar("T")
+
+
+class Spec(NamedTuple):
+    """A name and the parameters behind it."""
+
+    name: str
+    parameters: dict[str, Any]
+
+
+def parse(text: str) -> Spec:
+    """Parse `name(parameter=value, …)`, where values are Python literals and nothing else.
+
+    Raises:
+        UsageError: another form.
+    """
+    name, bracket, rest = text.partition("(")
+    if not bracket:
+        return Spec(text, {})
+    if not rest.endswith(")"):
+        raise UsageError(f"{text!r} opens a bracket that it does not close.")
+    return Spec(name, parameters(rest[:-1], text))
+
+
+def parameters(text: str, source: str) -> dict[str, Any]:
+    """Parse `parameter=value, …`.
+
+    Args:
+        text: the parameters, without brackets.
+        source: what a mistake is said to be in.
+    """
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or not _named(call):
+            raise ValueError
+        return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise UsageError(
+            f"{source!r} must have the form name(parameter=value, …) with plain values: numbers, "
+            "quoted strings, True, False, None, or lists of them."
+        ) from error
+
+
+def _named(call: ast.Call) -> bool:
+    return all(keyword.arg is not None for keyword in call.keywords)
+
+
+def write(values: Mapping[str, Any], source: str) -> str:
+    """Return parameters as `parameters` reads them, by name.
+
+    Raises:
+        UsageError: a value that is no literal.
+    """
+    text = ", ".join(f"{name}={value!r}" for name, value in sorted(values.items()))
+    parameters(text, f"{source}({text})")
+    return text
+
+
+def lookup(registry: Mapping[str, T], name: str, what: str) -> T:
+    """Return a registry's entry, or raise a `UsageError` that names those near it."""
+    if name not in registry:
+        raise UsageError(f"unknown {what} {name!r}; {near(name, registry)}.")
+    return registry[name]
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """Say which names there are: those near `name` where there are many, else all."""
+    known = list(names)
+    if len(known) <= 12:
+        return f"choose one of {', '.join(known)}"
+    close = difflib.get_close_matches(name, known, 4, 0.4)
+    return f"near it are {', '.join(close)}" if close else "`ebm-defense attacks` lists them all"
+
+
+def settings_of(make: Callable[..., Any]) -> frozenset[str]:
+    """Return the names of the parameters that a class or function takes by name."""
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    found = inspect.signature(make).parameters.values()
+    return frozenset(p.name for p in found if p.kind in kinds)
+
+
+def make_part(registry: Mapping[str, Callable[..., T]], text: str, what: str) -> T:
+    """Make a registry's part from `name(parameter=value, …)`.
+
+    Raises:
+        UsageError: an unknown name, or a parameter it does not take.
+    """
+    spec = parse(text)
+    make = lookup(registry, spec.name, what)
+    refuse_unknown(spec.parameters, settings_of(make), f"{what} {spec.name}")
+    return make(**spec.parameters)
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Refuse the first setting that is not among the known ones."""
+    allowed = sorted(known)
+    for name in given:
+        if name not in allowed:
+            takes = f"it takes {', '.join(allowed)}" if allowed else "it takes none"
+            raise UsageError(f"{what} takes no {name!r}; {takes}.")

@@ -1,0 +1,225 @@
+"""How accurate is a defense on corrupted images: the mean over corruptions and severities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ebm_defense.attacks.corruptions import CORRUPTIONS, SEVERITIES, check_corruption, corrupt
+from ebm_defense.data import Images
+from ebm_defense.defense import PurifiedClassifier, as_defense
+from ebm_defense.errors import UsageError
+from ebm_defense.eval.probe import probe
+from ebm_defense.eval.records import RunFolder, purifier_settings
+from ebm_defense.eval.statistics import CONFIDENCE, share
+from ebm_defense.eval.verdict import Stream, draw_logits, refuse_nan
+from ebm_defense.eval.wording import describe_purifier
+from ebm_defense.files import write_text
+from ebm_defense.fingerprint import digest, fingerprint
+
+CLEAN = "none"
+BATCH = 64
+RESAMPLES = 2_000
+TABLE, CELLS, RECORDS = "table.md", "cells.csv", "records.csv"
+
+Make = Callable[[str, int], Images]
+"""(corruption, severity) → the corrupted images, always the same ones in the same order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorruptionReport:
+    """Accuracy under corruptions.
+
+    Attributes:
+        records: a row for each image, corruption and severity (0 where clean), with `defended` and
+            `undefended` 1 where it was classified correctly.
+        caption: what the numbers depend on.
+    """
+
+    records: pd.DataFrame
+    caption: str
+
+    def mean(self, model: str = "defended", corruption: str | None = None) -> tuple[float, ...]:
+        """Return the mean accuracy over severities (and corruptions), and its interval.
+
+        The interval resamples images, since an image's results go together.
+        """
+        chosen = self.records[self.records["corruption"] != CLEAN]
+        if corruption is not None:
+            chosen = self.records[self.records["corruption"] == corruption]
+        return bootstrap(chosen.groupby("image")[model].mean().to_numpy())
+
+    def cells(self) -> pd.DataFrame:
+        """Return a row for each corruption and severity, with Wilson intervals."""
+        groups = self.records.groupby(["corruption", "severity"], sort=False)
+        return pd.DataFrame([_cell(str(c), int(s), part) for (c, s), part in groups])
+
+    def table(self) -> pd.DataFrame:
+        """Return a row for each corruption, over its severities, and one for their mean."""
+        names = list(dict.fromkeys(self.records["corruption"]))
+        rows = [self._row(name, name) for name in names]
+        return pd.DataFrame([*rows, self._row("mean", None)])
+
+    def to_markdown(self) -> str:
+        """Return the table and its caption as Markdown."""
+        table = self.table().to_markdown(index=False, disable_numparse=True)
+        return f"{table}\n\n{self.caption}\n"
+
+    def save(self, folder: Path) -> None:
+        """Write table.md, cells.csv and records.csv into a folder, each atomically."""
+        write_text(folder / RECORDS, self.records.to_csv(index=False))
+        write_text(folder / CELLS, self.cells().to_csv(index=False))
+        write_text(folder / TABLE, self.to_markdown())
+
+    def _row(self, title: str, corruption: str | None) -> dict[str, str]:
+        row = {"corruption": title}
+        for model in ("defended", "undefended"):
+            value, low, high = self.mean(model, corruption)
+            row[f"{model} %"] = f"{100 * value:.1f}"
+            row[f"{model} 95% interval"] = f"{100 * low:.1f} to {100 * high:.1f}"
+        return row
+
+
+def _cell(corruption: str, severity: int, part: pd.DataFrame) -> dict[str, Any]:
+    cell: dict[str, Any] = {"corruption": corruption, "severity": severity, "images": len(part)}
+    for model in ("defended", "undefended"):
+        found = share(int(part[model].sum()), len(part))
+        cell |= {model: found.value, f"{model}_low": found.low, f"{model}_high": found.high}
+    return cell
+
+
+def bootstrap(values: np.ndarray[Any, Any]) -> tuple[float, float, float]:
+    """Return a mean and its percentile interval over resampled images (Efron 1979), seeded."""
+    rng = np.random.default_rng(0)
+    drawn = rng.choice(values, (RESAMPLES, len(values))).mean(1)
+    tail = (1.0 - CONFIDENCE) / 2.0
+    low, high = np.quantile(drawn, [tail, 1.0 - tail])
+    return float(values.mean()), float(low), float(high)
+
+
+def evaluate_corruptions(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    corruptions: Sequence[str] | None = None,
+    severities: Sequence[int] = SEVERITIES,
+    make: Make | None = None,
+    source: str = "made here",
+    replicates: int | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+) -> CorruptionReport:
+    """Measure accuracy on corrupted images, by the defense's rule on fresh draws, in one stage.
+
+    Args:
+        model: a `PurifiedClassifier`, or any classifier of [0, 1] images.
+        images: the clean ones, `[N, C, H, W]` in [0, 1].
+        labels: true classes `[N]`.
+        corruptions: names; all fifteen if not given.
+        severities: 1 to 5.
+        make: gives the corrupted images, such as files hold them; made by `corrupt` if not given.
+        source: where they come from, for the settings and the caption.
+        replicates: fresh draws an image; the defense's own number if not given.
+        seed: seed of the corruptions and of the defense's draws.
+        out: a run folder; a run cut short goes on from its last finished corruption and severity.
+
+    Raises:
+        UsageError: no images, an unknown corruption or severity, images the model cannot take, or
+            a folder that holds another run.
+    """
+    defense = as_defense(model)
+    names = list(CORRUPTIONS) if corruptions is None else list(corruptions)
+    _check(images, names, severities, made_here=make is None)
+    probe(defense, images, labels)
+    draws = defense.replicates if replicates is None else replicates
+    settings = {
+        "kind": "corruptions",
+        "seed": seed,
+        "replicates": draws,
+        "corruptions": names,
+        "severities": list(severities),
+        "source": source,
+        "defense": {
+            "average": defense.average,
+            "weights": fingerprint(defense),
+            "purifier": purifier_settings(defense, images),
+        },
+        "data": {"images": len(images), "sha256": digest([images, labels])},
+    }
+    folder = None if out is None else RunFolder(out, settings)
+    made = make or (lambda name, s: Images(corrupt(images, name, s, seed=seed), labels))
+    cells = [(CLEAN, 0), *((name, severity) for name in names for severity in severities)]
+    parts = []
+    for number, cell in enumerate(tqdm(cells, unit="cell", disable=None)):
+        kept = folder.load_shard(number) if folder else None
+        if kept is None:
+            data = Images(images, labels) if cell[0] == CLEAN else made(*cell)
+            kept = _measure(defense, data, cell, draws, seed), {}
+            if folder:
+                folder.save_shard(number, kept)
+        parts.append(kept[0])
+    # An empty field of a CSV reads as NaN, and so would the word "none".
+    records = pd.concat(parts, ignore_index=True).fillna({"corruption": CLEAN})
+    report = CorruptionReport(records=records, caption=_caption(settings))
+    if folder:
+        report.save(folder.path)
+    return report
+
+
+def _check(
+    images: Tensor, names: Sequence[str], severities: Sequence[int], *, made_here: bool
+) -> None:
+    if not len(images) or not names or not severities:
+        raise UsageError("there must be at least one image, one corruption and one severity.")
+    for severity in severities:
+        check_corruption(next(iter(CORRUPTIONS)), severity)
+    for name in names if made_here else ():
+        check_corruption(name)
+
+
+def _measure(
+    defense: PurifiedClassifier, data: Images, cell: tuple[str, int], draws: int, seed: int
+) -> pd.DataFrame:
+    """Classify one corruption's images, in batches, and return their records."""
+    bare, parts = as_defense(defense.undefended).classifier, []
+    for rows in torch.arange(len(data.labels)).split(BATCH):
+        images, labels, ids = data.images[rows], data.labels[rows], rows.tolist()
+        stream = Stream(seed, f"corrupted {cell[0]} {cell[1]}", draws)
+        logits = draw_logits(defense, images, ids, stream)
+        refuse_nan(logits, ids)
+        with torch.no_grad():
+            undefended = bare(images).argmax(-1) == labels
+        right = defense.combine(logits).argmax(-1) == labels
+        parts.append(
+            pd.DataFrame(
+                {
+                    "corruption": cell[0],
+                    "severity": cell[1],
+                    "image": ids,
+                    "label": labels.tolist(),
+                    "defended": right.int().tolist(),
+                    "undefended": undefended.int().tolist(),
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def _caption(settings: dict[str, Any]) -> str:
+    count, grades = len(settings["corruptions"]), settings["severities"]
+    return (
+        f"Mean accuracy over {count} corruptions at severities {', '.join(map(str, grades))} "
+        f"(Hendrycks, Dietterich 2019), {settings['source']}. {settings['replicates']} fresh "
+        f"replicates, one stage. Purifier: {describe_purifier(settings['defense']['purifier'])}. "
+        f"{settings['data']['images']} images, {CONFIDENCE:.0%} bootstrap intervals over images, "
+        f"seed {settings['seed']}."
+    )
