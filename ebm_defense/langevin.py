@@ -6,17 +6,17 @@ energy's own [-1, 1] units.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ebm_defense.engine import Energy, EnergyGradient, energy_and_gradient, prepare
 from ebm_defense.errors import UsageError
-from ebm_defense.noise import Noise
+from ebm_defense.noise import Noise, ahead
 
-Energy = Callable[[Tensor], Tensor]
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
@@ -82,41 +82,6 @@ def resolve_precision(precision: str, device: torch.device, dtype: torch.dtype) 
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
-def energy_and_gradient(
-    energy: Energy, x: Tensor, precision: str = "fp32"
-) -> tuple[Tensor, Tensor]:
-    """Return U(x) `[b]` and ∇U(x), whatever grad mode the caller is in; no graph is kept.
-
-    Raises:
-        UsageError: the energy is not one number an image, or does not depend on x.
-    """
-    # Attack libraries predict under no_grad and some callers under inference_mode, but the
-    # chain always needs this one gradient.
-    with torch.inference_mode(False), torch.enable_grad():
-        x = x.clone() if x.is_inference() else x.detach()
-        x.requires_grad_()
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            value = energy(x)
-        if value.shape != x.shape[:1]:
-            raise UsageError(
-                f"an energy must return one number an image, shape {tuple(x.shape[:1])}, "
-                f"but this one returned shape {tuple(value.shape)}."
-            )
-        gradient = _input_gradient(value, x)
-    return value.detach(), gradient
-
-
-def _input_gradient(value: Tensor, x: Tensor) -> Tensor:
-    gradient = None
-    if value.requires_grad:
-        # A contiguous ones_like: an expanded gradient would lose channels_last on the way back.
-        ones = torch.ones_like(value)
-        (gradient,) = torch.autograd.grad(value, x, ones, allow_unused=True)
-    if gradient is None:
-        raise UsageError("an energy must depend on its images, but this one has no gradient.")
-    return gradient
-
-
 def langevin_step(
     state: State,
     noise: Noise,
@@ -156,10 +121,14 @@ def run_chain(
     energy: Energy,
     settings: LangevinSettings,
     precision: str = "auto",
+    engine: str = "auto",
     trace: Trace | None = None,
     snapshots: Collection[int] = (),
+    first: int = 0,
 ) -> Tensor:
     """Run `settings.steps` Langevin steps from x and return where they end.
+
+    Memory does not grow with the number of steps.
 
     Args:
         x: `[b, C, H, W]` in [-1, 1] units (not clamped on the way).
@@ -167,20 +136,49 @@ def run_chain(
         energy: maps `[b, C, H, W]` to `[b]`.
         settings: steps, step size, temperature.
         precision: one of `PRECISIONS`, for the energy's inner activations.
+        engine: a name in `ENGINES`, or "auto" for the fastest that supports the energy.
         trace: filled when given.
         snapshots: the steps at which `trace` keeps a copy of x.
+        first: the number of the first step, on which its noise depends.
     """
     precision = resolve_precision(precision, x.device, x.dtype)
-    start, state = x, State(x)
-    for _ in range(settings.steps):
-        _snapshot(trace, snapshots, state)
-        state, info = langevin_step(
-            state, noise, energy=energy, settings=settings, precision=precision
-        )
-        if trace is not None:
-            _record(trace, info, state.x - start, settings)
-    _snapshot(trace, snapshots, state)
-    return state.x
+    gradient = prepare(energy, x, precision, engine)
+    steps = range(first, first + settings.steps)
+    if trace is None:
+        return _run(x, noise, steps, gradient, settings)
+    return _run_traced(x, noise, steps, gradient, settings, trace, snapshots)
+
+
+def _run(
+    x: Tensor, noise: Noise, steps: range, gradient: EnergyGradient, settings: LangevinSettings
+) -> Tensor:
+    x = x.detach().clone()
+    for z in ahead(noise, steps, x):
+        _move(x, gradient(x), z, settings)
+    return x
+
+
+def _run_traced(
+    x: Tensor,
+    noise: Noise,
+    steps: range,
+    gradient: EnergyGradient,
+    settings: LangevinSettings,
+    trace: Trace,
+    snapshots: Collection[int],
+) -> Tensor:
+    start, x = x.detach(), x.detach().clone()
+    for step, z in zip(steps, ahead(noise, steps, x), strict=True):
+        _snapshot(trace, snapshots, State(x, step))
+        value, slope = gradient.with_energy(x)
+        _move(x, slope, z, settings)
+        _record(trace, Info(value, slope / settings.temperature), x - start, settings)
+    _snapshot(trace, snapshots, State(x, steps.stop))
+    return x
+
+
+def _move(x: Tensor, gradient: Tensor, z: Tensor, settings: LangevinSettings) -> None:
+    x.sub_(gradient, alpha=settings.drift).add_(z, alpha=settings.step_size)
 
 
 def _record(trace: Trace, info: Info, moved: Tensor, settings: LangevinSettings) -> None:
