@@ -29,6 +29,7 @@ COMMANDS: dict[str, Entry] = {
         "train_classifier", "TrainClassifier", "learn a classifier, also on purified images"
     ),
     "assemble": Entry("assemble", "Assemble", "put trained parts together into a defense folder"),
+    "bench": Entry("bench", "Bench", "measure Langevin steps a second on this machine"),
     "checkpoints": Entry("checkpoints", "Checkpoints", "list, verify and import defenses"),
 }
 

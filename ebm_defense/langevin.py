@@ -6,18 +6,21 @@ energy's own [-1, 1] units.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ebm_defense.engine import Energy, EnergyGradient, energy_and_gradient, prepare
+from ebm_defense.engine.cuda_graphs import Move, run_graphed
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import Noise, ahead
 
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,20 +69,43 @@ class Info(NamedTuple):
 
 
 def resolve_precision(precision: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return "fp32" or "bf16" for "auto": bf16 where the processor multiplies it natively.
+    """Return what a precision means here: "fp32", "tf32", "bf16", or "fp64" for float64 images.
 
-    Only the energy's inner activations lose digits; state, noise and update keep `dtype`. In
-    float64 there is nothing to choose. The caller's float64 always wins.
+    Here "auto" is the fastest that the processor multiplies natively, unchecked;
+    `LangevinPurifier` asks `precision.checked_precision` instead. Only the energy's inner
+    activations lose digits; state, noise and update keep `dtype`. float64 always wins, and what a
+    GPU lacks is fp32, said once; CPUs compute "tf32" in fp32.
+
+    Raises:
+        UsageError: an unknown precision.
     """
     if precision not in PRECISIONS:
         raise UsageError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}.")
     if dtype == torch.float64:
         return "fp64"
-    if precision != "auto":
-        return precision
+    if precision == "auto":
+        return "bf16" if _has_bf16(device) else "fp32"
+    if precision == "tf32" and not _has_tf32(device):
+        return "fp32"
+    if precision == "bf16" and device.type == "cuda" and not _has_bf16(device):
+        _say_once(f"{torch.cuda.get_device_name(device)} has no bf16; its chains run in fp32.")
+        return "fp32"
+    return precision
+
+
+def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def _has_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def _say_once(message: str) -> None:
+    logging.getLogger("ebm_defense").warning(message)
 
 
 def langevin_step(
@@ -144,17 +170,13 @@ def run_chain(
     precision = resolve_precision(precision, x.device, x.dtype)
     gradient = prepare(energy, x, precision, engine)
     steps = range(first, first + settings.steps)
-    if trace is None:
-        return _run(x, noise, steps, gradient, settings)
-    return _run_traced(x, noise, steps, gradient, settings, trace, snapshots)
-
-
-def _run(
-    x: Tensor, noise: Noise, steps: range, gradient: EnergyGradient, settings: LangevinSettings
-) -> Tensor:
+    if trace is not None:
+        return _run_traced(x, noise, steps, gradient, settings, trace, snapshots)
+    move = Move(drift=settings.drift, step_size=settings.step_size)
     x = x.detach().clone()
-    for z in ahead(noise, steps, x):
-        _move(x, gradient(x), z, settings)
+    done = run_graphed(x, noise, steps, gradient, move)
+    for z in ahead(noise, steps[done:], x):
+        move(x, gradient(x), z)
     return x
 
 
@@ -168,17 +190,14 @@ def _run_traced(
     snapshots: Collection[int],
 ) -> Tensor:
     start, x = x.detach(), x.detach().clone()
+    move = Move(drift=settings.drift, step_size=settings.step_size)
     for step, z in zip(steps, ahead(noise, steps, x), strict=True):
         _snapshot(trace, snapshots, State(x, step))
         value, slope = gradient.with_energy(x)
-        _move(x, slope, z, settings)
+        move(x, slope, z)
         _record(trace, Info(value, slope / settings.temperature), x - start, settings)
     _snapshot(trace, snapshots, State(x, steps.stop))
     return x
-
-
-def _move(x: Tensor, gradient: Tensor, z: Tensor, settings: LangevinSettings) -> None:
-    x.sub_(gradient, alpha=settings.drift).add_(z, alpha=settings.step_size)
 
 
 def _record(trace: Trace, info: Info, moved: Tensor, settings: LangevinSettings) -> None:

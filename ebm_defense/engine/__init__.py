@@ -6,14 +6,12 @@ held against, and takes whatever they do not.
 
 from __future__ import annotations
 
-import logging
-from functools import cache
-
 from torch import Tensor
 
 from ebm_defense.engine.autograd import AutogradGradient, energy_and_gradient
 from ebm_defense.engine.base import Energy, EnergyGradient, Engine
 from ebm_defense.engine.convolutional import ConvGradient, supports
+from ebm_defense.engine.report import fell_back
 from ebm_defense.errors import UsageError
 
 __all__ = [
@@ -25,8 +23,6 @@ __all__ = [
     "energy_and_gradient",
     "prepare",
 ]
-
-_log = logging.getLogger("ebm_defense")
 
 ENGINES: dict[str, Engine] = {
     "convolutional": Engine(supports, ConvGradient.prepare),
@@ -69,9 +65,3 @@ def prepare(energy: Energy, x: Tensor, precision: str, engine: str = "auto") -> 
 
 def _kind(energy: Energy) -> str:
     return getattr(energy, "__name__", type(energy).__name__)
-
-
-@cache
-def fell_back(engine: str, what: str, reason: str) -> None:
-    """Say once that an engine could not be used and autograd was."""
-    _log.warning("engine %s cannot run %s (%s); autograd does.", engine, what, reason)

@@ -96,11 +96,17 @@ class Blocks:
 
     def assemble(self, blocks: Tensor) -> Tensor:
         """Lay blocks `[b, B·B·C, count, count]` (channels_last) out as `[b, C, size, size]`."""
-        b, n, size = self.block, self.count, self.conv.size
-        cells = blocks.permute(0, 2, 3, 1).reshape(-1, n, n, b, b, self.conv.fan_in)
-        rows = cells.permute(0, 1, 3, 2, 4, 5).reshape(-1, n * b, n * b, self.conv.fan_in)
-        inside = slice(self.offset, self.offset + size)
-        return rows[:, inside, inside].permute(0, 3, 1, 2)
+        b, n, run = self.block, self.count, self.block * self.conv.fan_in
+        cells = _widened(blocks.permute(0, 2, 3, 1).reshape(-1, n, n, b, run))
+        rows = cells.permute(0, 1, 3, 2, 4).reshape(-1, n * b, n * cells.shape[-1])
+        pixels = rows.view(blocks.dtype).view(-1, n * b, n * b, self.conv.fan_in)
+        inside = slice(self.offset, self.offset + self.conv.size)
+        return pixels[:, inside, inside].permute(0, 3, 1, 2)
+
+
+def _widened(x: Tensor) -> Tensor:
+    # torch copies eight bytes at a time three times as fast as bf16 numbers one by one.
+    return x.view(torch.int64) if x.shape[-1] * x.element_size() % 8 == 0 else x
 
 
 def best_blocks(conv: Convolution) -> Blocks | None:
