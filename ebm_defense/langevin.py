@@ -79,7 +79,7 @@ def resolve_precision(precision: str, device: torch.device, dtype: torch.dtype) 
     Raises:
         UsageError: an unknown precision.
     """
-    if precision not in PRECISIONS:
+    if precision not in PRECISIONS and (precision, dtype) != ("fp64", torch.float64):
         raise UsageError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}.")
     if dtype == torch.float64:
         return "fp64"

@@ -78,7 +78,8 @@ def test_none_is_measured_on_a_gpu_and_the_usual_on_a_cpu(langevin_defense, imag
 
 
 @pytest.mark.parametrize(
-    ("free", "each", "chains"), [(2**30, 2**20, 512), (3 * 2**30, 2**20, 1024), (5, 9, 1), (2**50, 1, 16_384)]
-)  # fmt: skip
+    ("free", "each", "chains"),
+    [(2**30, 2**20, 512), (3 * 2**30, 2**20, 1024), (5, 9, 1), (2**50, 1, 16_384)],
+)
 def test_half_of_the_free_memory_is_filled_with_a_power_of_two(free, each, chains):
     assert chains_in(free, each) == chains

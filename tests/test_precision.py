@@ -25,7 +25,7 @@ from ebm_defense.precision import (
 )
 
 NAMES = ["fashion-mnist", "fashion-mnist-smooth"]
-CHAIN = LangevinSettings(steps=4, step_size=0.06, temperature=0.0036)
+CHAIN = LangevinSettings(steps=4, step_size=0.05, temperature=0.0036)  # none ships for it
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +58,8 @@ def test_margin_shown_is_where_both_one_sided_tests_reject():
 
 def test_margin_shown_covers_the_truth_as_often_as_it_says():
     generator = torch.Generator().manual_seed(0)
-    draws = 0.2 + torch.randn(2000, 30, generator=generator, dtype=torch.float64)
-    covered = sum(margin_shown(d) >= 0.2 for d in draws) / 2000
+    draws = 2.0 + torch.randn(2000, 30, generator=generator, dtype=torch.float64)
+    covered = sum(margin_shown(d) > 2.0 for d in draws) / 2000
     # 95%, a little less for n = 30 and the normal quantile; four standard errors are 2 points.
     assert 0.92 < covered < 0.98
 
@@ -123,8 +123,8 @@ def test_a_finding_is_kept_and_covers_shorter_chains(energy, images):
 def test_what_a_finding_is_about(energy, images):
     key = finding_key(energy, images, CHAIN)
     assert finding_key(load_energy("fashion-mnist"), images, CHAIN) == key
-    longer = LangevinSettings(steps=9, step_size=0.06, temperature=0.0036)
-    hotter = LangevinSettings(steps=4, step_size=0.06, temperature=0.004)
+    longer = LangevinSettings(steps=9, step_size=0.05, temperature=0.0036)
+    hotter = LangevinSettings(steps=4, step_size=0.05, temperature=0.004)
     assert finding_key(energy, images, longer) == key
     assert finding_key(energy, images, hotter) != key
     with torch.no_grad():
