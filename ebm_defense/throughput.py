@@ -59,7 +59,7 @@ class Cell:
         name: "published", or ours by its precision.
         steps_per_second: Langevin steps of one image a second.
         ratio: to the published loop's.
-        roofline: share of the bound that ceilings and formulas give; None for the published loop.
+        roofline: share of the bound that ceilings and formulas give (`step_bound`).
         convolution: share of the measured convolution ceiling.
         memory: highest bytes held during it, of the process on a CPU; None where unknown.
     """
@@ -192,7 +192,7 @@ def measure(
 ) -> list[Cell]:
     """Measure the published loop and ours in each ceiling's precision, at one layout and batch."""
     settings = LAYOUTS[layout]
-    steps = max(2, min(50, 400 // batch))
+    steps = max(4, min(50, 2000 // batch))
     competitors = _competitors(settings, batch, steps, [c.precision for c in ceilings], device)
     times = alternate(competitors, seconds, device, clock)
     memory = {name: peak_memory(run, device) for name, run in competitors.items()}

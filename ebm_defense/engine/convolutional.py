@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from ebm_defense.energies import ConvEnergy, SoftLeakyReLU
 from ebm_defense.engine.autograd import arithmetic
 from ebm_defense.engine.base import Energy
-from ebm_defense.engine.onednn import Map, convolution
+from ebm_defense.engine.fused import Map, convolution
 from ebm_defense.engine.subpixel import Convolution, best_blocks
 
 

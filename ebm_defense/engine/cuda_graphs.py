@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ebm_defense.engine import triton_kernels
 from ebm_defense.engine.base import EnergyGradient
 from ebm_defense.engine.report import fell_back
 from ebm_defense.noise import KeyedNoise, Noise
@@ -54,9 +55,14 @@ def _replay(
 ) -> int:
     start, number = x.clone(), torch.tensor([steps.start], device=x.device)
 
+    fuses = x.dtype == torch.float32 and x.is_contiguous() and triton_kernels.works(x.device)
+
     def segment(count: int) -> None:
         for _ in range(count):
-            move(x, gradient(x), noise.normals(number, x)[0])
+            if fuses:
+                triton_kernels.move_(x, gradient(x), noise.keys, number, *move)
+            else:
+                move(x, gradient(x), noise.normals(number, x)[0])
             number.add_(1)
 
     side = torch.cuda.Stream()

@@ -1,4 +1,4 @@
-"""Convolutions with what follows them: on CPUs oneDNN's fused ones, the weights packed once."""
+"""Convolutions with what follows them, by oneDNN with weights packed once, or by torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ebm_defense.engine import triton_kernels
 
 Map = Callable[[Tensor], Tensor]
 
@@ -42,7 +44,14 @@ def _plain(
         y = F.conv2d(x, weight, bias, stride, padding)
         return y if slope is None else F.leaky_relu_(y, slope)
 
-    return apply
+    def apply_fused(x: Tensor) -> Tensor:
+        y = F.conv2d(x, weight, None, stride, padding)
+        assert bias is not None
+        assert slope is not None
+        return triton_kernels.bias_leaky_(y, bias, slope)
+
+    fuses = bias is not None and slope is not None and triton_kernels.works(weight.device)
+    return apply_fused if fuses else apply
 
 
 def _fused(
