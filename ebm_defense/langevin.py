@@ -20,6 +20,19 @@ from ebm_defense.engine.cuda_graphs import Move, run_graphed
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import Noise, ahead
 
+__all__ = [
+    "PRECISIONS",
+    "Energy",
+    "Info",
+    "LangevinSettings",
+    "State",
+    "Trace",
+    "energy_and_gradient",
+    "langevin_step",
+    "resolve_precision",
+    "run_chain",
+]
+
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 
 

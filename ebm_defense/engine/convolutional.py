@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,7 @@ class Layer:
             int(conv.padding[0]), size,
         )  # fmt: skip
         self.bend = BENDS[type(activation)](activation)
+        assert conv.bias is not None
         weight, bias = (t.detach().to(dtype) for t in (conv.weight, conv.bias))
         example = (1, c.fan_in, size, size)
         self.forward = convolution(weight, bias, c.stride, c.padding, example, self.bend.slope)
@@ -114,7 +116,8 @@ class ConvGradient:
     """
 
     def __init__(self, energy: ConvEnergy, dtype: torch.dtype, precision: str = "fp32") -> None:
-        *hidden, last = energy.f
+        layers: list[Any] = list(energy.f)
+        *hidden, last = layers
         self.dtype, self.precision = dtype, precision
         self.layers: list[Layer] = []
         size = energy.settings.image_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,9 +71,8 @@ def _fused(
     try:
         # What torch's own compiler calls on CPUs; not promised to stay, hence the way out.
         run = torch.ops.mkldnn._convolution_pointwise
-        packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
-            weight.to_mkldnn(), *geometry, list(shape)
-        )
+        pack: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub lacks the last argument
+        packed = pack(weight.to_mkldnn(), *geometry, list(shape))
     except (AttributeError, RuntimeError):
         return None
     return lambda x: run(x, packed, bias, *geometry, *activation, None)

@@ -4,6 +4,8 @@ Written in Triton, which comes with CUDA builds of torch. They save reading and 
 kernels that do one operation each; without Triton, or where a kernel fails, torch's own are used.
 """
 
+# mypy: ignore-errors
+# Triton's language has no types.
 from __future__ import annotations
 
 import math
@@ -26,8 +28,8 @@ BLOCK = 1024
 
 if triton is not None:
 
-    @triton.jit  # type: ignore[untyped-decorator]
-    def _bias_leaky(z, bias, count, channels, slope, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    @triton.jit
+    def _bias_leaky(z, bias, count, channels, slope, block: tl.constexpr):
         at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         inside = at < count
         value = tl.load(z + at, mask=inside).to(tl.float32)
@@ -35,14 +37,14 @@ if triton is not None:
         value = tl.where(value > 0, value, value * slope)
         tl.store(z + at, value.to(z.dtype.element_ty), mask=inside)
 
-    @triton.jit  # type: ignore[untyped-decorator]
-    def _mix(z):  # type: ignore[no-untyped-def]
+    @triton.jit
+    def _mix(z):
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB
         return z ^ (z >> 31)
 
-    @triton.jit  # type: ignore[untyped-decorator]
-    def _move(x, gradient, keys, number, size, drift, step_size, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    @triton.jit
+    def _move(x, gradient, keys, number, size, drift, step_size, block: tl.constexpr):
         chain = tl.program_id(0).to(tl.int64)
         half = (size + 1) // 2
         pair = tl.program_id(1) * block + tl.arange(0, block)
