@@ -32,6 +32,7 @@ COMMANDS: dict[str, Entry] = {
     ),
     "train-advgan": Entry("train_advgan", "TrainAdvgan", "train a generator of attacks, AdvGAN"),
     "assemble": Entry("assemble", "Assemble", "put trained parts together into a defense folder"),
+    "bench": Entry("bench", "Bench", "measure Langevin steps a second on this machine"),
     "checkpoints": Entry("checkpoints", "Checkpoints", "list, verify and import defenses"),
 }
 

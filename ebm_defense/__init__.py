@@ -1,14 +1,34 @@
 """Long-run MCMC purification with energy-based models, and the honest measure of it."""
 
-from ebm_defense.classifiers import normalized
-from ebm_defense.data import load_data
-from ebm_defense.defense import PurifiedClassifier
-from ebm_defense.energies import ConvEnergy, ConvEnergySettings, QuadraticEnergy
-from ebm_defense.errors import UsageError
-from ebm_defense.purifiers import LangevinPurifier, Purifier
-from ebm_defense.weights import load_defense, load_energy, load_purifier
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ebm_defense.classifiers import normalized
+    from ebm_defense.data import load_data
+    from ebm_defense.defense import PurifiedClassifier
+    from ebm_defense.energies import ConvEnergy, ConvEnergySettings, QuadraticEnergy
+    from ebm_defense.errors import UsageError
+    from ebm_defense.purifiers import LangevinPurifier, Purifier
+    from ebm_defense.weights import load_defense, load_energy, load_purifier
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "ConvEnergy": "energies",
+    "ConvEnergySettings": "energies",
+    "LangevinPurifier": "purifiers",
+    "PurifiedClassifier": "defense",
+    "Purifier": "purifiers",
+    "QuadraticEnergy": "energies",
+    "UsageError": "errors",
+    "load_data": "data",
+    "load_defense": "weights",
+    "load_energy": "weights",
+    "load_purifier": "weights",
+    "normalized": "classifiers",
+}
+"""Which module each name comes from; it is imported when the name is first used."""
 
 __all__ = [
     "ConvEnergy",
@@ -24,3 +44,15 @@ __all__ = [
     "load_purifier",
     "normalized",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The command line prints its help without torch, which takes seconds to import.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

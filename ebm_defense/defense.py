@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ebm_defense.errors import UsageError
 from ebm_defense.images import check_images
 from ebm_defense.noise import KeyedNoise, chain_keys, fresh_seed
+from ebm_defense.packing import Packing
 from ebm_defense.purifiers import NoPurifier, as_purifier
 
 VOTE_SMOOTHING = 1e-3
@@ -65,7 +66,9 @@ class PurifiedClassifier(nn.Module):
         purifier: a `Purifier`, or any map of images to images.
         replicates: purifications an image, at least 1; a deterministic purifier needs and uses one.
         average: a name in `AVERAGES`.
-        max_chains: how many chains run at a time, which bounds memory whatever `replicates` is.
+        max_chains: how many chains run at a time, which bounds memory whatever `replicates` is;
+            None for as many as the free memory holds, measured at the first call. Out of memory,
+            it is halved and the work done again; noise does not depend on it.
         seed: seed of the calls' noise; None for fresh noise. Two calls always differ.
         undefended: the classifier that reports show as undefended; `classifier` if not given.
 
@@ -80,12 +83,12 @@ class PurifiedClassifier(nn.Module):
         replicates: int = 16,
         *,
         average: str = "logits",
-        max_chains: int = 400,
+        max_chains: int | None = 400,
         seed: int | None = None,
         undefended: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if replicates < 1 or max_chains < 1:
+        if replicates < 1 or (max_chains is not None and max_chains < 1):
             raise UsageError(
                 f"replicates and max_chains must be at least 1, not {replicates} and {max_chains}."
             )
@@ -93,10 +96,20 @@ class PurifiedClassifier(nn.Module):
             raise UsageError(f"average is {average!r}; choose one of {', '.join(AVERAGES)}.")
         self.classifier, self.purifier = classifier, as_purifier(purifier)
         self.undefended = classifier if undefended is None else undefended
-        self.replicates, self.average, self.max_chains = replicates, average, max_chains
+        self.replicates, self.average = replicates, average
+        self.packing = Packing(max_chains)
         self.seed = fresh_seed() if seed is None else seed
         self.calls = 0
         self.eval()
+
+    @property
+    def max_chains(self) -> int:
+        """How many chains run at a time."""
+        return self.packing.chains
+
+    @max_chains.setter
+    def max_chains(self, chains: int) -> None:
+        self.packing.chains = chains
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images `[N, C, H, W]` in [0, 1] to averaged logits `[N, classes]`, on fresh noise.
@@ -125,20 +138,26 @@ class PurifiedClassifier(nn.Module):
         Returns:
             `[r, b, C, H, W]`; the gradient to `images` is the identity, summed over replicates.
         """
-        chunks = self.chunks(keys.to(images.device))
-        parts = [self.purifier(images[rows], noise=KeyedNoise(k)) for rows, k in chunks]
+        keys = keys.to(images.device)
+        self.packing.measure(lambda rows, k: self._purify([(rows, k)], images), keys)
+        parts = self.packing.fitting(lambda: self._purify(self.chunks(keys), images))
         flat = torch.cat(parts) if parts else images.new_empty((0, *images.shape[1:]))
         return flat.view(*keys.shape, *images.shape[1:])
 
+    def _purify(self, chunks: list[tuple[Tensor, Tensor]], images: Tensor) -> list[Tensor]:
+        return [self.purifier(images[rows], noise=KeyedNoise(k)) for rows, k in chunks]
+
     def classify_replicates(self, purified: Tensor) -> Tensor:
         """Map purified replicates `[r, b, C, H, W]` to logits `[r, b, classes]`, in chunks."""
+        logits = self.packing.fitting(lambda: self._classify(purified))
+        return torch.cat(logits).unflatten(0, purified.shape[:2])
+
+    def _classify(self, purified: Tensor) -> list[Tensor]:
         parts = purified.flatten(0, 1).split(self.max_chains)
         if torch.is_grad_enabled() and purified.requires_grad and len(parts) > 1:
             # Recomputing a chunk's activations keeps memory flat in the number of replicates.
-            logits = [checkpoint(self.classifier, p, use_reentrant=False) for p in parts]
-        else:
-            logits = [self.classifier(p) for p in parts]
-        return torch.cat(logits).unflatten(0, purified.shape[:2])
+            return [checkpoint(self.classifier, p, use_reentrant=False) for p in parts]
+        return [self.classifier(p) for p in parts]
 
     def replicate_logits(self, images: Tensor, keys: Tensor) -> Tensor:
         """Return logits `[r, b, classes]` of images purified with the noise of `keys` `[r, b]`."""

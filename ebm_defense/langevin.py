@@ -6,18 +6,34 @@ energy's own [-1, 1] units.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import logging
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ebm_defense.engine import Energy, EnergyGradient, energy_and_gradient, prepare
+from ebm_defense.engine.cuda_graphs import Move, run_graphed
 from ebm_defense.errors import UsageError
-from ebm_defense.noise import Noise
+from ebm_defense.noise import Noise, ahead
 
-Energy = Callable[[Tensor], Tensor]
-PRECISIONS = ("auto", "fp32", "bf16")
+__all__ = [
+    "PRECISIONS",
+    "Energy",
+    "Info",
+    "LangevinSettings",
+    "State",
+    "Trace",
+    "energy_and_gradient",
+    "langevin_step",
+    "resolve_precision",
+    "run_chain",
+]
+
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,55 +82,43 @@ class Info(NamedTuple):
 
 
 def resolve_precision(precision: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return "fp32" or "bf16" for "auto": bf16 where the processor multiplies it natively.
+    """Return what a precision means here: "fp32", "tf32", "bf16", or "fp64" for float64 images.
 
-    Only the energy's inner activations lose digits; state, noise and update keep `dtype`. In
-    float64 there is nothing to choose. The caller's float64 always wins.
+    Here "auto" is the fastest that the processor multiplies natively, unchecked;
+    `LangevinPurifier` asks `precision.checked_precision` instead. Only the energy's inner
+    activations lose digits; state, noise and update keep `dtype`. float64 always wins, and what a
+    GPU lacks is fp32, said once; CPUs compute "tf32" in fp32.
+
+    Raises:
+        UsageError: an unknown precision.
     """
-    if precision not in PRECISIONS:
+    if precision not in PRECISIONS and (precision, dtype) != ("fp64", torch.float64):
         raise UsageError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}.")
     if dtype == torch.float64:
         return "fp64"
-    if precision != "auto":
-        return precision
+    if precision == "auto":
+        return "bf16" if _has_bf16(device) else "fp32"
+    if precision == "tf32" and not _has_tf32(device):
+        return "fp32"
+    if precision == "bf16" and device.type == "cuda" and not _has_bf16(device):
+        _say_once(f"{torch.cuda.get_device_name(device)} has no bf16; its chains run in fp32.")
+        return "fp32"
+    return precision
+
+
+def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def energy_and_gradient(
-    energy: Energy, x: Tensor, precision: str = "fp32"
-) -> tuple[Tensor, Tensor]:
-    """Return U(x) `[b]` and ∇U(x), whatever grad mode the caller is in; no graph is kept.
-
-    Raises:
-        UsageError: the energy is not one number an image, or does not depend on x.
-    """
-    # Attack libraries predict under no_grad and some callers under inference_mode, but the
-    # chain always needs this one gradient.
-    with torch.inference_mode(False), torch.enable_grad():
-        x = x.clone() if x.is_inference() else x.detach()
-        x.requires_grad_()
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            value = energy(x)
-        if value.shape != x.shape[:1]:
-            raise UsageError(
-                f"an energy must return one number an image, shape {tuple(x.shape[:1])}, "
-                f"but this one returned shape {tuple(value.shape)}."
-            )
-        gradient = _input_gradient(value, x)
-    return value.detach(), gradient
+def _has_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _input_gradient(value: Tensor, x: Tensor) -> Tensor:
-    gradient = None
-    if value.requires_grad:
-        # A contiguous ones_like: an expanded gradient would lose channels_last on the way back.
-        ones = torch.ones_like(value)
-        (gradient,) = torch.autograd.grad(value, x, ones, allow_unused=True)
-    if gradient is None:
-        raise UsageError("an energy must depend on its images, but this one has no gradient.")
-    return gradient
+@cache
+def _say_once(message: str) -> None:
+    logging.getLogger("ebm_defense").warning(message)
 
 
 def langevin_step(
@@ -156,11 +160,14 @@ def run_chain(
     energy: Energy,
     settings: LangevinSettings,
     precision: str = "auto",
+    engine: str = "auto",
     trace: Trace | None = None,
     snapshots: Collection[int] = (),
     first: int = 0,
 ) -> Tensor:
     """Run `settings.steps` Langevin steps from x and return where they end.
+
+    Memory does not grow with the number of steps.
 
     Args:
         x: `[b, C, H, W]` in [-1, 1] units (not clamped on the way).
@@ -168,21 +175,42 @@ def run_chain(
         energy: maps `[b, C, H, W]` to `[b]`.
         settings: steps, step size, temperature.
         precision: one of `PRECISIONS`, for the energy's inner activations.
+        engine: a name in `ENGINES`, or "auto" for the fastest that supports the energy.
         trace: filled when given.
         snapshots: the steps at which `trace` keeps a copy of x.
         first: the number of the first step, on which its noise depends.
     """
     precision = resolve_precision(precision, x.device, x.dtype)
-    start, state = x, State(x, first)
-    for _ in range(settings.steps):
-        _snapshot(trace, snapshots, state)
-        state, info = langevin_step(
-            state, noise, energy=energy, settings=settings, precision=precision
-        )
-        if trace is not None:
-            _record(trace, info, state.x - start, settings)
-    _snapshot(trace, snapshots, state)
-    return state.x
+    gradient = prepare(energy, x, precision, engine)
+    steps = range(first, first + settings.steps)
+    if trace is not None:
+        return _run_traced(x, noise, steps, gradient, settings, trace, snapshots)
+    move = Move(drift=settings.drift, step_size=settings.step_size)
+    x = x.detach().clone()
+    done = run_graphed(x, noise, steps, gradient, move)
+    for z in ahead(noise, steps[done:], x):
+        move(x, gradient(x), z)
+    return x
+
+
+def _run_traced(
+    x: Tensor,
+    noise: Noise,
+    steps: range,
+    gradient: EnergyGradient,
+    settings: LangevinSettings,
+    trace: Trace,
+    snapshots: Collection[int],
+) -> Tensor:
+    start, x = x.detach(), x.detach().clone()
+    move = Move(drift=settings.drift, step_size=settings.step_size)
+    for step, z in zip(steps, ahead(noise, steps, x), strict=True):
+        _snapshot(trace, snapshots, State(x, step))
+        value, slope = gradient.with_energy(x)
+        move(x, slope, z)
+        _record(trace, Info(value, slope / settings.temperature), x - start, settings)
+    _snapshot(trace, snapshots, State(x, steps.stop))
+    return x
 
 
 def _record(trace: Trace, info: Info, moved: Tensor, settings: LangevinSettings) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +27,20 @@ class Noise(Protocol):
     def chunk(self, rows: slice) -> Noise:
         """Return the noise of these rows of the batch alone."""
         ...
+
+
+_AHEAD = 1 << 17
+"""How many normals are drawn at a time: enough to hide the calls, few enough for the cache."""
+
+
+def ahead(noise: Noise, steps: range, like: Tensor) -> Iterator[Tensor]:
+    """Yield `noise.normal(step, like)` for each step, keyed noise several steps at a time."""
+    if not isinstance(noise, KeyedNoise):
+        yield from (noise.normal(step, like) for step in steps)
+        return
+    size = max(1, _AHEAD // max(like.numel(), 1))
+    for k in range(0, len(steps), size):
+        yield from noise.normals(steps[k : k + size], like)
 
 
 @dataclass(frozen=True)
@@ -59,15 +73,26 @@ class KeyedNoise:
     keys: Tensor
 
     def normal(self, step: int, like: Tensor) -> Tensor:
+        return self.normals(range(step, step + 1), like)[0]
+
+    def normals(self, steps: range | Tensor, like: Tensor) -> Tensor:
+        """Draw the noise of several steps, `[len(steps), b, C, H, W]`: `normal` of each."""
         size = math.prod(like.shape[1:])
-        bits = self.bits(step, (size + 1) // 2).to(like.device)
-        return _box_muller(bits, like.dtype)[:, :size].view(like.shape)
+        bits = self._bits(steps, (size + 1) // 2).to(like.device)
+        return _box_muller(bits, like.dtype)[..., :size].view(len(steps), *like.shape)
 
     def bits(self, step: int, count: int) -> Tensor:
         """Return `count` 64-bit words a chain for `step`, int64 `[b, count]`."""
-        step_keys = _splitmix(self.keys + _signed(_GOLDEN * (step + 1)))
-        counter = torch.arange(1, count + 1, device=self.keys.device)
-        return _splitmix(step_keys[:, None] + counter * _signed(_GOLDEN))
+        return self._bits(range(step, step + 1), count)[0]
+
+    def _bits(self, steps: range | Tensor, count: int) -> Tensor:
+        """Return `[len(steps), b, count]`; steps on the keys' device if they are a tensor."""
+        device, golden = self.keys.device, _signed(_GOLDEN)
+        if isinstance(steps, range):
+            steps = torch.arange(steps.start, steps.stop, device=device)
+        step_keys = _splitmix(self.keys + (steps[:, None] + 1) * golden)
+        counter = torch.arange(1, count + 1, device=device) * golden
+        return _splitmix(step_keys[..., None] + counter)
 
     def uniform(self, step: int, like: Tensor) -> Tensor:
         """Draw `[b, …]` uniform noise in [0, 1) of `like`'s shape for `step`."""
@@ -126,4 +151,4 @@ def _box_muller(bits: Tensor, dtype: torch.dtype) -> Tensor:
     high = ((bits >> 32) & 0xFFFFFFFF).to(work).add_(0.5).mul_(2.0**-32)
     angle = (bits & 0xFFFFFFFF).to(work).mul_(2.0 * math.pi * 2.0**-32)
     radius = high.log_().mul_(-2.0).sqrt_()
-    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1).to(dtype)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1).to(dtype)

@@ -22,6 +22,7 @@ from ebm_defense.langevin import (
     run_chain,
 )
 from ebm_defense.noise import GeneratorNoise, KeyedNoise, Noise, fresh_seed
+from ebm_defense.precision import checked_precision
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -114,8 +115,10 @@ class LangevinPurifier(SteppedPurifier):
         steps: K ≥ 0.
         step_size: ε > 0, in [-1, 1] pixel units.
         temperature: T > 0; the defaults are the published update for CIFAR-10.
-        precision: "auto" (bf16 where the processor multiplies it natively), "fp32" or "bf16", for
-            the energy's inner activations; float64 images always keep float64.
+        precision: "fp32", "tf32" or "bf16", for the energy's inner activations, or "auto": bf16
+            where it is fast and chains in it were shown to purify as fp32 ones do, which is
+            looked up or checked at the first purification (see `ebm_defense.precision`). float64
+            images always keep float64.
 
     Raises:
         UsageError: a setting out of range.
@@ -134,6 +137,7 @@ class LangevinPurifier(SteppedPurifier):
         if precision not in PRECISIONS:
             raise UsageError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}.")
         self.energy, self.precision = energy, precision
+        self._checked: dict[tuple[Any, ...], str] = {}
 
     @property
     def chain_steps(self) -> int:  # type: ignore[override]
@@ -153,7 +157,7 @@ class LangevinPurifier(SteppedPurifier):
             noise,
             energy=self.energy,
             settings=self.settings,
-            precision=self.precision,
+            precision=self.resolved_precision(images),
             trace=trace,
             snapshots=snapshots,
         )
@@ -179,12 +183,26 @@ class LangevinPurifier(SteppedPurifier):
         return cotangent - self.settings.drift * hessian_product(self.energy, x, cotangent)
 
     def resolved_precision(self, images: Tensor) -> str:
-        """Return the precision that these images would be purified in."""
-        return resolve_precision(self.precision, images.device, images.dtype)
+        """Return the precision that these images would be purified in; see `precision`.
+
+        With "auto" the first call for an energy that nothing is known of takes some seconds.
+        """
+        if self.precision != "auto" or images.dtype == torch.float64:
+            return resolve_precision(self.precision, images.device, images.dtype)
+        about = (images.device, images.dtype, self.settings, *_versions(self.energy))
+        if about not in self._checked:
+            self._checked = {about: checked_precision(self.energy, images, self.settings)}
+        return self._checked[about]
 
     def extra_repr(self) -> str:
         s = self.settings
         return f"steps={s.steps}, step_size={s.step_size}, temperature={s.temperature}"
+
+
+def _versions(energy: Energy) -> list[tuple[int, int]]:
+    """Return what changes when an energy's weights are replaced or updated in place."""
+    parameters = energy.parameters() if isinstance(energy, nn.Module) else ()
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
 
 
 class NoPurifier(Purifier):

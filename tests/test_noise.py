@@ -16,6 +16,7 @@ from ebm_defense.noise import (
     KeyedNoise,
     _shift_xor,
     _splitmix,
+    ahead,
     chain_keys,
     derive_seed,
     fresh_seed,
@@ -238,3 +239,27 @@ def test_derived_seeds_are_valid_and_differ_by_purpose(seed):
 
 def test_fresh_seeds_differ():
     assert fresh_seed() != fresh_seed()
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 2, 2), (2, 1, 3, 3), (0, 1, 2, 2)])
+def test_noise_of_many_steps_is_that_of_each(shape):
+    noise, like = KeyedNoise(torch.arange(shape[0])), torch.zeros(shape)
+    together = noise.normals(range(3, 8), like)
+    each = torch.stack([noise.normal(step, like) for step in range(3, 8)])
+    assert torch.equal(together, each)
+    assert torch.equal(noise.normals(torch.arange(3, 8), like), each)
+
+
+@pytest.mark.parametrize("size", [1, 5, 1 << 17])
+def test_noise_drawn_ahead_is_that_of_each_step(size, monkeypatch):
+    monkeypatch.setattr("ebm_defense.noise._AHEAD", size)
+    noise, like = KeyedNoise(torch.arange(2)), torch.zeros(2, 1, 2, 2)
+    drawn = list(ahead(noise, range(2, 9), like))
+    assert torch.equal(torch.stack(drawn), noise.normals(range(2, 9), like))
+
+
+def test_generator_noise_is_drawn_in_order():
+    one, two = (GeneratorNoise(torch.Generator().manual_seed(0)) for _ in range(2))
+    like = torch.zeros(2, 1, 2, 2)
+    for z in ahead(one, range(3), like):
+        assert torch.equal(z, two.normal(0, like))

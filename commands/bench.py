@@ -1,0 +1,176 @@
+"""`ebm-defense bench`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import torch
+
+from ebm_defense.commands.parts import Device, resolve_device
+from ebm_defense.errors import UsageError
+from ebm_defense.eval.records import environment
+from ebm_defense.files import atomic, writable_folder, write_text
+from ebm_defense.throughput import (
+    CLOCKS,
+    LAYOUTS,
+    Ceilings,
+    Cell,
+    Protocol,
+    measure,
+    measure_ceilings,
+    precisions_here,
+)
+
+BATCHES, GPU_BATCHES = (1, 10, 150, 1000), (1, 10, 150, 1000, 10000)
+QUICK_BATCHES, QUICK_LAYOUTS = (1, 100), ("fashion-mnist-16",)
+IMAGES = (500, 10_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure Langevin steps a second here: the published loop and ours, taking turns.
+
+    Writes bench.csv, bench.md and bench.png into OUT.
+    """
+
+    layouts: tuple[str, ...] = ()
+    """cifar10, fashion-mnist-16 and fashion-mnist-32, each also with -smooth; all if none."""
+    batches: tuple[int, ...] = ()
+    """Chains at a time; 1, 10, 150 and 1000 if none, and 10000 on a GPU."""
+    seconds: float = 5.0
+    """Time for each competitor in each cell."""
+    quick: bool = False
+    """One layout, two batches, one second."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """cpu leaves out the time that other programs take; for one thread on a busy machine."""
+    device: Device = "auto"
+    """Where to compute."""
+    out: Path = Path("bench")
+    """Folder for the table and the picture."""
+
+    def run(self) -> int:
+        """Measure, print, write."""
+        device = resolve_device(self.device)
+        layouts, batches, seconds = self._plan(device)
+        out, clock = writable_folder(self.out), CLOCKS[self.clock]
+        ceilings = [measure_ceilings(p, seconds, device, clock) for p in precisions_here(device)]
+        print(ceilings_line(ceilings), flush=True)
+        cells: list[Cell] = []
+        for layout in layouts:
+            for batch in batches:
+                cells += measure(layout, batch, ceilings, seconds, device, clock)
+                print(*map(cell_line, cells[-1 - len(ceilings) :]), sep="\n", flush=True)
+        write_results(out, ceilings, cells, self.clock)
+        print(f"bench.csv, bench.md and bench.png are in {out}")
+        return 0
+
+    def _plan(self, device: torch.device) -> tuple[tuple[str, ...], tuple[int, ...], float]:
+        """Return layouts, batches and seconds, or raise a `UsageError`."""
+        for layout in self.layouts:
+            if layout not in LAYOUTS:
+                raise UsageError(f"unknown layout {layout!r}; choose among {', '.join(LAYOUTS)}.")
+        if any(b < 1 for b in self.batches) or not self.seconds > 0:
+            raise UsageError("batches must be at least 1 and seconds above 0.")
+        if self.clock == "cpu" and (device.type != "cpu" or torch.get_num_threads() > 1):
+            raise UsageError("--clock cpu needs a CPU and one thread: set OMP_NUM_THREADS=1.")
+        usual = GPU_BATCHES if device.type == "cuda" else BATCHES
+        batches = self.batches or (QUICK_BATCHES if self.quick else usual)
+        layouts = self.layouts or (QUICK_LAYOUTS if self.quick else tuple(LAYOUTS))
+        return layouts, batches, min(self.seconds, 1.0) if self.quick else self.seconds
+
+
+def ceilings_line(ceilings: list[Ceilings]) -> str:
+    """Say what the machine reaches."""
+    return "\n".join(
+        f"{c.precision}: matrix product {c.matmul / 1e9:,.0f}, convolution "
+        f"{c.convolution / 1e9:,.0f} GFLOP/s, copy {c.copy / 1e9:,.1f} GB/s"
+        for c in ceilings
+    )
+
+
+def cell_line(cell: Cell) -> str:
+    """Say one measurement."""
+    memory = "" if cell.memory is None else f", peak {cell.memory / 2**20:,.0f} MiB"
+    return (
+        f"{cell.layout:<24} batch {cell.batch:>6} {cell.name:<10}"
+        f"{cell.steps_per_second:>12,.0f} steps/s  {cell.ratio:>6.2f}x  "
+        f"{cell.roofline:>4.0%} of the roofline, {cell.convolution:>4.0%} of convolution{memory}"
+    )
+
+
+def write_results(out: Path, ceilings: list[Ceilings], cells: list[Cell], clock: str) -> None:
+    """Write the table as CSV and Markdown, and the picture."""
+    table = pd.DataFrame([asdict(cell) for cell in cells])
+    write_text(out / "bench.csv", table.to_csv(index=False))
+    where = environment()
+    text = [
+        f"{where['processor']}, {where['threads']} threads, GPU {where['gpu']}, torch "
+        f"{where['packages']['torch']}, {clock} clock.",
+        ceilings_line(ceilings),
+        str(table.to_markdown(index=False, floatfmt=".3g")),
+        projection(cells),
+    ]
+    write_text(out / "bench.md", "\n\n".join(text) + "\n")
+    print(text[-1])
+    draw(cells, out / "bench.png")
+
+
+def projection(cells: list[Cell]) -> str:
+    """Return the time of the whole published protocol at each layout's best rate, as Markdown."""
+    p = Protocol()
+    rows = [
+        {
+            "layout": layout,
+            "by": best.name,
+            "batch": best.batch,
+            **{
+                f"{n} images, {what}, hours": p.chain_steps(n, drop_broken=drop)
+                / best.steps_per_second
+                / 3600
+                for n in IMAGES
+                for what, drop in (("all to the end", False), ("broken dropped", True))
+            },
+        }
+        for layout, best in _best(cells)
+    ]
+    table = pd.DataFrame(rows).to_markdown(index=False, floatfmt=",.2f")
+    return (
+        f"{table}\n\nThe published protocol: {p.looks} looks of {p.replicates} chains of {p.steps} "
+        f"steps; assumed are {p.verifications:g} verifications of {p.verification} chains an "
+        f"image, {p.robust:.0%} robust images and broken ones that fall after "
+        f"{p.broken_after:.0%} of the looks. Classifier passes are left out."
+    )
+
+
+def _best(cells: list[Cell]) -> list[tuple[str, Cell]]:
+    """Return each layout's fastest cells: the published loop's and ours."""
+    groups = dict.fromkeys((c.layout, c.name == "published") for c in cells)
+    return [
+        (layout, max(same, key=lambda c: c.steps_per_second))
+        for layout, published in groups
+        if (same := [c for c in cells if (c.layout, c.name == "published") == (layout, published)])
+    ]
+
+
+def draw(cells: list[Cell], path: Path) -> None:
+    """Draw steps a second over the batch, a panel a layout."""
+    from matplotlib.figure import Figure
+
+    layouts = list(dict.fromkeys(cell.layout for cell in cells))
+    figure = Figure(figsize=(3.2 * len(layouts) + 1, 3.4), layout="constrained")
+    for axis, layout in zip(
+        figure.subplots(1, len(layouts), squeeze=False)[0], layouts, strict=True
+    ):
+        for name in dict.fromkeys(cell.name for cell in cells):
+            points = [c for c in cells if (c.layout, c.name) == (layout, name)]
+            rates = [c.steps_per_second for c in points]
+            axis.plot([c.batch for c in points], rates, marker="o", label=name)
+        axis.set(title=layout, xlabel="chains at a time", xscale="log", yscale="log")
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("Langevin steps a second")
+    figure.axes[0].legend()
+    with atomic(path) as partial:
+        figure.savefig(partial, dpi=130)

@@ -1,0 +1,67 @@
+"""Engines: the ways to compute a chain's energy gradient, chosen by energy, images and precision.
+
+Every engine computes the same ∇U up to rounding; plain autograd is the one that the others are
+held against, and takes whatever they do not.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ebm_defense.engine.autograd import AutogradGradient, energy_and_gradient
+from ebm_defense.engine.base import Energy, EnergyGradient, Engine
+from ebm_defense.engine.convolutional import ConvGradient, supports
+from ebm_defense.engine.report import fell_back
+from ebm_defense.errors import UsageError
+
+__all__ = [
+    "ENGINES",
+    "Energy",
+    "EnergyGradient",
+    "Engine",
+    "choose_engine",
+    "energy_and_gradient",
+    "prepare",
+]
+
+ENGINES: dict[str, Engine] = {
+    "convolutional": Engine(supports, ConvGradient.prepare),
+    "autograd": Engine(
+        lambda energy, x, precision: True,
+        lambda energy, x, precision: AutogradGradient(energy, precision),
+    ),
+}
+"""By name, the fastest first."""
+
+
+def choose_engine(energy: Energy, x: Tensor, precision: str) -> str:
+    """Return the first engine's name that supports this energy at images such as x.
+
+    Args:
+        energy: maps `[b, C, H, W]` to `[b]`.
+        x: the images `[b, C, H, W]`, in [-1, 1] units.
+        precision: resolved: "fp32", "tf32", "bf16" or "fp64".
+    """
+    return next(name for name, e in ENGINES.items() if e.supports(energy, x, precision))
+
+
+def prepare(energy: Energy, x: Tensor, precision: str, engine: str = "auto") -> EnergyGradient:
+    """Return ∇U for a chain from x; plain autograd where the engine fails to be made.
+
+    Raises:
+        UsageError: an engine that is unknown or does not support this energy.
+    """
+    name = choose_engine(energy, x, precision) if engine == "auto" else engine
+    if name not in ENGINES:
+        raise UsageError(f"engine is {name!r}; choose one of auto, {', '.join(ENGINES)}.")
+    if not ENGINES[name].supports(energy, x, precision):
+        raise UsageError(f"the engine {name} does not support {_kind(energy)} here; use auto.")
+    try:
+        return ENGINES[name].prepare(energy, x, precision)
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        fell_back(name, _kind(energy), str(error).partition("\n")[0])
+        return AutogradGradient(energy, precision)
+
+
+def _kind(energy: Energy) -> str:
+    return getattr(energy, "__name__", type(energy).__name__)

@@ -1,0 +1,187 @@
+"""The input gradient of a `ConvEnergy`, forward and backward by hand.
+
+Autograd keeps a graph, casts the weights at every step and makes input gradients by oneDNN's and
+cuDNN's strided kernels. Here weights are cast, packed and rearranged once a chain; of each layer
+only what its activation's slope needs is kept; the last layer, whose input gradient is its own
+weight, is run only where energies are asked for; and input gradients are made by blocks (see
+`subpixel`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ebm_defense.energies import ConvEnergy, SoftLeakyReLU
+from ebm_defense.engine.autograd import arithmetic
+from ebm_defense.engine.base import Energy
+from ebm_defense.engine.fused import Map, convolution
+from ebm_defense.engine.subpixel import Convolution, best_blocks
+
+
+class Bend:
+    """LeakyReLU: the sign of its own output tells its slope."""
+
+    def __init__(self, activation: nn.LeakyReLU) -> None:
+        self.slope = activation.negative_slope
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the activation of `z`, already applied by the convolution, and what to keep."""
+        return z, z
+
+    def backward(self, gradient: Tensor, kept: Tensor) -> Tensor:
+        """Return gradient times slope, written over what was kept no longer."""
+        return torch.ops.aten.leaky_relu_backward.grad_input(
+            gradient, kept, self.slope, True, grad_input=kept
+        )
+
+
+class SoftBend:
+    """Smooth LeakyReLU, by its slope (1 − a) + a·z/√(z² + e²)."""
+
+    slope = None
+
+    def __init__(self, activation: SoftLeakyReLU) -> None:
+        self.a, self.e = (1.0 - activation.slope) / 2.0, activation.width
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the activation of `z` and its slope there."""
+        inverse = (z * z).add_(self.e**2).rsqrt_()
+        slope = (z * inverse).mul_(self.a).add_(1.0 - self.a)
+        # (1−a)·z + a·√(z²+e²) − a·e = slope·z + a·e·(e/√(z²+e²) − 1)
+        bent = inverse.mul_(self.e).sub_(1.0).mul_(self.a * self.e).addcmul_(slope, z)
+        return bent, slope
+
+    def backward(self, gradient: Tensor, kept: Tensor) -> Tensor:
+        """Return gradient times slope, written over the slope."""
+        return kept.mul_(gradient)
+
+
+BENDS: dict[type[nn.Module], Callable[..., Bend | SoftBend]] = {
+    nn.LeakyReLU: Bend,
+    SoftLeakyReLU: SoftBend,
+}
+
+
+class Layer:
+    """One convolution and the activation after it."""
+
+    def __init__(self, conv: nn.Conv2d, activation: nn.Module, size: int, dtype: torch.dtype):
+        self.shape = c = Convolution(
+            conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0],
+            int(conv.padding[0]), size,
+        )  # fmt: skip
+        self.bend = BENDS[type(activation)](activation)
+        assert conv.bias is not None
+        weight, bias = (t.detach().to(dtype) for t in (conv.weight, conv.bias))
+        example = (1, c.fan_in, size, size)
+        self.forward = convolution(weight, bias, c.stride, c.padding, example, self.bend.slope)
+        self.backward = input_gradient(c, weight)
+
+
+def input_gradient(conv: Convolution, weight: Tensor) -> Map:
+    """Return the map of a convolution's output gradient to its input gradient."""
+    blocks = best_blocks(conv)
+    if blocks is None:
+        return _library_gradient(conv, weight.contiguous(memory_format=torch.channels_last))
+    example = weight.new_empty(1, conv.fan_out, conv.out, conv.out)
+    padded, padding = blocks.pad(example)
+    dense = convolution(blocks.weight(weight), None, blocks.stride, padding, tuple(padded.shape))
+    return lambda g: blocks.assemble(dense(blocks.pad(g)[0]))
+
+
+def _library_gradient(c: Convolution, weight: Tensor) -> Map:
+    geometry = [c.stride] * 2, [c.padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False]
+
+    def apply(g: Tensor) -> Tensor:
+        # Only the input's shape is read where no weight gradient is asked for.
+        like = g.new_empty((1,)).expand(len(g), c.fan_in, c.size, c.size)
+        return torch.ops.aten.convolution_backward(g, like, weight, None, *geometry)[0]
+
+    return apply
+
+
+class ConvGradient:
+    """∇U of a `ConvEnergy`, with its inner activations in `dtype`.
+
+    Args:
+        energy: the network, whose weights are copied as they are now.
+        dtype: of the inner activations.
+        precision: resolved; on a GPU it says whether fp32 products may be rounded to TF32.
+    """
+
+    def __init__(self, energy: ConvEnergy, dtype: torch.dtype, precision: str = "fp32") -> None:
+        layers: list[Any] = list(energy.f)
+        *hidden, last = layers
+        self.dtype, self.precision = dtype, precision
+        self.layers: list[Layer] = []
+        size = energy.settings.image_size
+        for conv, activation in zip(hidden[::2], hidden[1::2], strict=True):
+            self.layers.append(Layer(conv, activation, size, dtype))
+            size = self.layers[-1].shape.out
+        weight = last.weight.detach().to(dtype)
+        self.slope = weight.contiguous(memory_format=torch.channels_last)
+        self.bias = last.bias.detach()
+
+    @classmethod
+    @torch.no_grad()
+    def prepare(cls, energy: Energy, x: Tensor, precision: str) -> ConvGradient:
+        """Make the gradient for chains from x, as an engine does."""
+        assert isinstance(energy, ConvEnergy)
+        return cls(energy, torch.bfloat16 if precision == "bf16" else x.dtype, precision)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        with self._as_asked(x):
+            return self._backward(*self._forward(x)).to(x.dtype)
+
+    @torch.no_grad()
+    def with_energy(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with self._as_asked(x):
+            h, kept = self._forward(x)
+            # Before the way back, which writes over what was kept.
+            energy = (h.to(x.dtype) * self.slope.to(x.dtype)).flatten(1).sum(1) + self.bias
+            return energy, self._backward(h, kept).to(x.dtype)
+
+    @contextmanager
+    def _as_asked(self, x: Tensor) -> Iterator[None]:
+        with torch.autocast(x.device.type, enabled=False), arithmetic(self.precision, x.device):
+            yield
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        h, kept = x.to(self.dtype, memory_format=torch.channels_last), []
+        for layer in self.layers:
+            h, keep = layer.bend.forward(layer.forward(h))
+            kept.append(keep)
+        return h, kept
+
+    def _backward(self, h: Tensor, kept: Sequence[Tensor]) -> Tensor:
+        g = self.slope.expand_as(h)
+        for layer, keep in zip(reversed(self.layers), reversed(kept), strict=True):
+            g = layer.backward(layer.bend.backward(g, keep))
+        return g
+
+
+def supports(energy: Energy, x: Tensor, precision: str) -> bool:
+    """Whether this is a plain `ConvEnergy` of x's device and dtype, and x a batch of its images.
+
+    float64 is left to autograd, the referee; so are energies with hooks, whose forward must run.
+    """
+    if type(energy) is not ConvEnergy or precision == "fp64" or not len(x):
+        return False
+    s = energy.settings
+    own = all(type(layer) in (nn.Conv2d, *BENDS) and not _hooked(layer) for layer in energy.f)
+    alike = all(p.dtype == x.dtype and p.device == x.device for p in energy.parameters())
+    return (
+        own and alike and not _hooked(energy) and x.shape[1:] == (s.channels, *[s.image_size] * 2)
+    )
+
+
+def _hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    return any(hooks) or parametrize.is_parametrized(module)

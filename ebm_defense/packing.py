@@ -1,0 +1,81 @@
+"""How many chains run at a time: as many as fit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ebm_defense.errors import UsageError
+
+T = TypeVar("T")
+Work = Callable[[Tensor, Tensor], object]
+"""Purifies the chains of these image rows and keys."""
+
+USUAL, LARGEST, PROBE = 400, 16_384, 64
+SHARE = 0.5
+"""Of the free memory that chains may take; the rest is the classifier's and the attack's."""
+
+_log = logging.getLogger("ebm_defense")
+
+
+class Packing:
+    """A number of chains that shrinks when memory runs out.
+
+    Args:
+        chains: the number, or None for one that `measure` finds on a GPU; CPU chains are not
+            faster beyond a few hundred at a time, and keep 400.
+    """
+
+    def __init__(self, chains: int | None) -> None:
+        self.chains = USUAL if chains is None else chains
+        self.measured = chains is not None
+
+    def measure(self, work: Work, keys: Tensor) -> None:
+        """Find the number once, from the memory that the first few chains of `keys` `[r, b]` take.
+
+        Their result is thrown away: noise is a function of the keys, so nothing is lost.
+        """
+        if self.measured or keys.device.type != "cuda" or keys.numel() <= self.chains:
+            return
+        device, few = keys.device, min(PROBE, keys.numel())
+        rows = torch.arange(few, device=device) % keys.shape[1]
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work(rows, keys.flatten()[:few])
+        taken = max(torch.cuda.max_memory_allocated(device) - before, 1) / few
+        self.chains = chains_in(torch.cuda.mem_get_info(device)[0], taken)
+        self.measured = True
+
+    def fitting(self, work: Callable[[], T]) -> T:
+        """Do the work; where memory runs out, halve the number of chains and do it again.
+
+        Raises:
+            UsageError: a single chain does not fit.
+        """
+        while True:
+            try:
+                return work()
+            except torch.cuda.OutOfMemoryError as error:
+                self.halve(error)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def halve(self, error: Exception) -> None:
+        """Take half as many chains from now on."""
+        if self.chains == 1:
+            raise UsageError(
+                "the device's memory does not hold a single chain; use a smaller model or a device "
+                "with more memory."
+            ) from error
+        self.chains //= 2
+        _log.warning("out of memory; %d chains run at a time from now on.", self.chains)
+
+
+def chains_in(free: int, each: float) -> int:
+    """Return the largest power of two of chains, each of so many bytes, in a share of the free."""
+    fit = max(1, int(SHARE * free / each))
+    return int(min(LARGEST, 2 ** (fit.bit_length() - 1)))
