@@ -23,6 +23,7 @@ class Entry(NamedTuple):
 
 COMMANDS: dict[str, Entry] = {
     "evaluate": Entry("evaluate", "Evaluate", "attack a defense, judge it, print the table"),
+    "signal": Entry("signal", "SignalCommand", "show how many replicates a gradient needs"),
     "purify": Entry("purify", "Purify", "purify images and draw a film strip of it"),
     "train-ebm": Entry("train_ebm", "TrainEbm", "learn an energy by maximum likelihood"),
     "train-classifier": Entry(

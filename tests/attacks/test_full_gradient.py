@@ -1,4 +1,4 @@
-"""The full gradient is exact: closed forms, plain autograd through the unrolled chain, invariants."""
+"""The full gradient is exact: closed forms, plain autograd through the unrolled chain."""
 
 from __future__ import annotations
 
