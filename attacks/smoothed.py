@@ -59,8 +59,8 @@ def bent(x: Tensor, slope: float, width: float) -> Tensor:
         slope: for x < 0; 0 is ReLU.
         width: the bend's e, in standard deviations of each image's own pre-activations x[i].
     """
-    deviation = x.detach().flatten(1).float().std(1, correction=0).to(x.dtype)
-    e = width * deviation.view(-1, *[1] * (x.ndim - 1))
+    work = x.detach().flatten(1).to(torch.promote_types(x.dtype, torch.float32))
+    e = width * work.std(1, correction=0).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
     return _Bent.apply(x, slope, e)
 
 

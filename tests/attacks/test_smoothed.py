@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -33,7 +35,7 @@ class Energy(nn.Module):
             torch.manual_seed(0)
             sizes = [PIXELS, *widths, 1]
             layers: list[nn.Module] = [nn.Flatten()]
-            for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+            for fan_in, fan_out in pairwise(sizes):
                 layers += [nn.Linear(fan_in, fan_out), activation]
             self.layers = nn.Sequential(*layers[:-1]).double()
 
@@ -65,7 +67,7 @@ def test_it_bends_a_leaky_relu_network_where_the_full_gradient_is_the_identity()
     defense = behind(leaky(12, 8))
     found, cotangent = pulled(Smoothed(width=0.3, stride=1), defense)
     assert torch.equal(pulled(Full(), defense)[0], cotangent)
-    assert float((found - cotangent).norm() / cotangent.norm()) > 0.05
+    assert float((found - cotangent).norm() / cotangent.norm()) > 0.02
 
 
 def test_its_product_is_the_sum_over_layers_of_bent_units():
@@ -84,7 +86,7 @@ def test_its_product_is_the_sum_over_layers_of_bent_units():
         delta = torch.func.grad(lambda h, i=layer: energy.layers[3 + 2 * i :](h).sum())(h)
         e, half = width * a.std(correction=0), (1 - SLOPE) / 2
         bend = half * e**2 / (a**2 + e**2) ** 1.5
-        expected += float((delta * bend * moved**2).sum())
+        expected += float((delta * bend * moved**2).sum().detach())
     with Bending(width):
         product = hessian_product(energy, x, v)
     assert float((product * v).sum()) == pytest.approx(expected, rel=1e-9)
@@ -94,7 +96,7 @@ def test_before_one_layer_it_is_the_full_gradient_of_the_soft_network():
     # Only there are the soft network's other slopes and pre-activations those of the true one; and
     # one step from one image, so that the two chains are at the same place.
     corner, x = leaky(24), normal(1, 1, 4, 4, seed=1).sigmoid()
-    deviation = float(corner.layers[:2](2 * x - 1).std(correction=0))
+    deviation = float(corner.layers[:2](2 * x - 1).detach().std(correction=0))
     soft = Energy(SoftLeakyReLU(SLOPE, 0.3 * deviation), 24)
     found, cotangent = pulled(Smoothed(width=0.3, stride=1), behind(corner, steps=1), count=1)
     full, _ = pulled(Full(), behind(soft, steps=1), count=1)
@@ -110,8 +112,8 @@ def test_without_width_it_is_the_identity():
 def test_the_width_has_no_scale():
     plain, scaled = leaky(12), leaky(12)
     with torch.no_grad():
-        for tensor in scaled.layers[1].parameters():
-            tensor *= 10.0
+        scaled.layers[1].weight *= 10.0
+        scaled.layers[1].bias *= 10.0
         scaled.layers[3].weight /= 10.0
     found, again = (pulled(Smoothed(stride=1), behind(e))[0] for e in (plain, scaled))
     torch.testing.assert_close(found, again, rtol=0.0, atol=1e-10)
