@@ -111,7 +111,8 @@ class Smoothed(Walk):
     nothing of where the chain would have gone from a nearby start. Here the forward chain is the
     true one, and on the way back the Hessian is that of the network whose corners are bent as in
     soft_lrelu, (1−a)x + a√(x²+e²) − ae, at the true pre-activations and slopes. A purifier that is
-    no chain has nothing to smooth and is differentiated as it is, as by `Full`.
+    no chain has nothing to smooth and is differentiated as it is, as by `Full`. It holds every
+    `stride`-th state of the chains, or the square root of that many.
 
     Attributes:
         width: e above 0, in standard deviations of each image's own pre-activations in a layer, so

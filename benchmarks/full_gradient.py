@@ -4,7 +4,7 @@
     python benchmarks/full_gradient.py --batch 640 --device cuda   # 32 images of 20 replicates
 
 For the published CIFAR-10 energy and the Fashion-MNIST one, with smooth activations and chains in
-fp32, it prints the peak of the memory above what the program holds before, beside the size of the
+fp32, it prints the peak of the memory above that of the forward chain alone, beside the size of the
 states that are kept: the one grows with the number of steps K as the other does. `ratio` is the
 time of forward chain and way back, over that of the forward chain. Times are the processor's own
 on a CPU, so that they do not count other programs'.

@@ -342,6 +342,12 @@ def test_it_keeps_all_states_or_the_square_root_of_them_as_memory_allows():
     assert states_held("auto", memory=1e-6) == 10
 
 
+@pytest.mark.parametrize("purifier", [quadratic(3).purifier, NoPurifier()])
+def test_of_no_images_there_is_an_empty_gradient(purifier):
+    found, _ = purified(Full(), behind(purifier), normal(0, 1, 2, 2))
+    assert found.images.shape == found.pull(found.images).shape == (2, 0, 1, 2, 2)
+
+
 def test_it_states_its_cost():
     defense = quadratic(40)
     products = Full().chain_steps(defense) - 40
