@@ -86,11 +86,11 @@ class Walk(Pullback):
             ]
 
         def pull(cotangent: Tensor) -> Tensor:
-            cotangents = cotangent.flatten(0, 1).split([len(rows) for rows, _ in chunks])
-            pairs = zip(parts, cotangents, strict=True)
-            return torch.cat([p.pull(c) for p, c in pairs]).view_as(cotangent)
+            flat = cotangent.flatten(0, 1)
+            pairs = zip(parts, flat.split([len(rows) for rows, _ in chunks]), strict=True)
+            return torch.cat([flat[:0], *(p.pull(c) for p, c in pairs)]).view_as(cotangent)
 
-        flat = torch.cat([p.images for p in parts])
+        flat = torch.cat([images[:0].detach(), *(p.images for p in parts)])
         return Purified(flat.view(*keys.shape, *images.shape[1:]), pull)
 
     def walk(self, purifier: Purifier, images: Tensor, noise: KeyedNoise, size: float) -> Purified:

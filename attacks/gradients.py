@@ -41,7 +41,11 @@ class Gradient(Protocol):
         ...
 
     def chain_steps(self, defense: PurifiedClassifier) -> int:
-        """Return the cost of one replicate of one image, in Langevin steps."""
+        """Return the cost of one replicate of one image, in Langevin steps.
+
+        Raises:
+            UsageError: the defense has no such gradient; asked first, so that no work is lost.
+        """
         ...
 
 
@@ -101,6 +105,8 @@ def at_purified(
 class Identity(Pullback):
     """BPDA with the identity: the gradient at each purified replicate, carried to the input as it
     is and summed over replicates (Athalye, Carlini, Wagner 2018; Hill, Mitchell, Zhu 2021).
+
+    It costs the forward chain alone and holds none of its states.
     """
 
     name: str = "BPDA"

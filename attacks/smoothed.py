@@ -59,8 +59,8 @@ def bent(x: Tensor, slope: float, width: float) -> Tensor:
         slope: for x < 0; 0 is ReLU.
         width: the bend's e, in standard deviations of each image's own pre-activations x[i].
     """
-    deviation = x.detach().flatten(1).float().std(1, correction=0).to(x.dtype)
-    e = width * deviation.view(-1, *[1] * (x.ndim - 1))
+    work = x.detach().flatten(1).to(torch.promote_types(x.dtype, torch.float32))
+    e = width * work.std(1, correction=0).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
     return _Bent.apply(x, slope, e)
 
 
@@ -111,7 +111,8 @@ class Smoothed(Walk):
     nothing of where the chain would have gone from a nearby start. Here the forward chain is the
     true one, and on the way back the Hessian is that of the network whose corners are bent as in
     soft_lrelu, (1−a)x + a√(x²+e²) − ae, at the true pre-activations and slopes. A purifier that is
-    no chain has nothing to smooth and is differentiated as it is, as by `Full`.
+    no chain has nothing to smooth and is differentiated as it is, as by `Full`. It holds every
+    `stride`-th state of the chains, or the square root of that many.
 
     Attributes:
         width: e above 0, in standard deviations of each image's own pre-activations in a layer, so

@@ -23,7 +23,7 @@ class Surrogate:
     The cheap chain runs from the image to its own end, is classified there, and is differentiated
     all the way; no state of the true chain enters it. The look's logits are the true defense's on
     the same image and keys, so that the judge screens what the defense would have said; a look
-    costs both.
+    costs both, and holds what `through` holds of the cheap chain.
 
     Attributes:
         steps: of the cheap chain, at least 1 and at most the defense's own.

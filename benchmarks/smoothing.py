@@ -33,8 +33,8 @@ def gradients(given: argparse.Namespace) -> dict[str, Gradient]:
     """Return the gradients to compare, by their specs."""
     grid = [
         f"smoothed(width={width:g}, stride={stride}, precision={given.precision!r})"
-        for width in given.widths
         for stride in given.strides
+        for width in given.widths
     ]
     return {spec: make_gradient(spec) for spec in given.gradients or ["bpda", *grid]}
 
@@ -100,7 +100,7 @@ def main() -> int:
     parser.add_argument("--judge-replicates", type=int, default=32)
     parser.add_argument("--gradients", nargs="*", help="specs, instead of the grid")
     parser.add_argument("--widths", type=float, nargs="*", default=[0.1, 0.3, 1.0])
-    parser.add_argument("--strides", type=int, nargs="*", default=[1, 4])
+    parser.add_argument("--strides", type=int, nargs="*", default=[4, 1])
     parser.add_argument("--precision", default="bf16", help="of the products")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/smoothing"))

@@ -25,6 +25,7 @@ COMMANDS: dict[str, Entry] = {
     "evaluate": Entry("evaluate", "Evaluate", "attack a defense, judge it, print the table"),
     "attacks": Entry("attacks", "Attacks", "list every attack by name, with its cost"),
     "corruptions": Entry("corruptions", "Corruptions", "measure a defense on common corruptions"),
+    "signal": Entry("signal", "SignalCommand", "show how many replicates a gradient needs"),
     "purify": Entry("purify", "Purify", "purify images and draw a film strip of it"),
     "train-ebm": Entry("train_ebm", "TrainEbm", "learn an energy by maximum likelihood"),
     "train-classifier": Entry(

@@ -1,4 +1,4 @@
-"""The full gradient is exact: closed forms, autograd through the unrolled chain, invariants."""
+"""The full gradient is exact: closed forms, plain autograd through the unrolled chain."""
 
 from __future__ import annotations
 
@@ -185,6 +185,15 @@ def test_the_callers_autocast_takes_no_digits_from_the_products():
     assert 1e-4 < float(off) < 0.2
 
 
+def test_a_chain_that_diverges_has_a_nan_gradient_and_leaves_the_others_theirs():
+    defense, images = quadratic(9), normal(2, 1, 2, 2).sigmoid()
+    cotangent = normal(2, 2, 1, 2, 2, seed=1)
+    whole, _ = purified(Full(), defense, images)
+    images[0] = float("nan")
+    found = purified(Full(store="checkpoints"), defense, images)[0].pull(cotangent)
+    assert torch.equal(found[:, 1], whole.pull(cotangent)[:, 1])
+
+
 def test_a_hessian_product_is_zero_where_there_is_no_curvature():
     x, v = normal(2, 1, 8, 8), normal(2, 1, 8, 8, seed=1)
     for energy in (conv(1, "leaky_relu").purifier.energy, lambda x: x.flatten(1).sum(1)):
@@ -331,6 +340,12 @@ def test_it_keeps_all_states_or_the_square_root_of_them_as_memory_allows():
     assert states_held("checkpoints") == 10
     assert states_held("auto") == 100
     assert states_held("auto", memory=1e-6) == 10
+
+
+@pytest.mark.parametrize("purifier", [quadratic(3).purifier, NoPurifier()])
+def test_of_no_images_there_is_an_empty_gradient(purifier):
+    found, _ = purified(Full(), behind(purifier), normal(0, 1, 2, 2))
+    assert found.images.shape == found.pull(found.images).shape == (2, 0, 1, 2, 2)
 
 
 def test_it_states_its_cost():
