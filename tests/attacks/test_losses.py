@@ -89,9 +89,7 @@ def test_the_average_of_replicates_is_the_mean_of_every_replicates_loss(name):
     if LOSSES[name].targeted:
         classes += ((labels_of() + 2) % 5,)
     each = torch.stack([LOSSES[name]()(z[None], *classes) for z in logits])
-    torch.testing.assert_close(
-        LOSSES[name](average="replicates")(logits, *classes), each.mean(0)
-    )
+    torch.testing.assert_close(LOSSES[name](average="replicates")(logits, *classes), each.mean(0))
 
 
 def ranked_logits(rank, classes=6):
