@@ -14,7 +14,7 @@ from ebm_defense.attacks.ascent import check_positive
 from ebm_defense.attacks.gradients import Gradient, Identity, Look, Pullback, at_purified
 from ebm_defense.attacks.hearing import Seen
 from ebm_defense.attacks.losses import Loss, Margin
-from ebm_defense.attacks.threat import NORMS, ThreatModel
+from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 
@@ -81,7 +81,7 @@ def first_choice(losses: Tensor, slopes: Tensor, threat: ThreatModel) -> Tensor:
         slopes: g_i, `[r, b, C, H, W]`.
         threat: gives eps and the steepest direction.
     """
-    steps = _steepest(slopes.flatten(0, 1), threat).view_as(slopes).flatten(2)
+    steps = threat.direction(slopes.flatten(0, 1)).view_as(slopes).flatten(2)
     gains = torch.einsum("jbd,ibd->jib", steps, slopes.flatten(2))
     return F.elu(losses + threat.eps * gains).sum(1).argmax(0)
 
@@ -92,16 +92,11 @@ def agreement(
     """Return the slope `[b, C, H, W]` on which the replicates agree that can be broken together."""
     agreed = slopes[begun, torch.arange(slopes.shape[1], device=slopes.device)]
     for _ in range(AGREEMENTS):
-        gains = (_steepest(agreed, threat) * slopes).flatten(2).sum(2)
+        gains = (threat.direction(agreed) * slopes).flatten(2).sum(2)
         # A softmax of logarithms, since all the weights may be too small to divide by their sum.
         weights = F.logsigmoid(sharpness * (losses + gains)).softmax(0)
         agreed = (weights[..., None, None, None] * slopes).sum(0)
     return agreed
-
-
-def _steepest(slopes: Tensor, threat: ThreatModel) -> Tensor:
-    everywhere = torch.ones_like(slopes, dtype=torch.bool)
-    return NORMS[threat.norm].steepest(slopes, everywhere)
 
 
 @dataclass(frozen=True, kw_only=True)

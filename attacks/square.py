@@ -183,10 +183,13 @@ class Square(DirectCall):
     def _challenger(self, hearing: Hearing, incumbent: Incumbent, query: int) -> Tensor:
         """Return the incumbents with one square changed."""
         x = incumbent.x
-        scaled = int(query / self.steps * SCHEDULED) if self.rescale else query
-        size = side(scaled, self.p, x.shape[2], x.shape[3])
+        size = self._side(query, x)
         change = 2.0 * self.threat.eps * squares(x, size, query, KeyedNoise(incumbent.keys))
         return self.threat.project(x + change, hearing.originals)
+
+    def _side(self, query: int, x: Tensor) -> int:
+        scaled = int(query / self.steps * SCHEDULED) if self.rescale else query
+        return side(scaled, self.p, x.shape[2], x.shape[3])
 
     def _look(self, hearing: Hearing, x: Tensor) -> Seen:
         seen = hearing.look(x, self.loss)

@@ -24,14 +24,14 @@ class Norm(NamedTuple):
         size: ‖δ‖ `[b]`.
         project: δ, eps and a box `low ≤ 0 ≤ high` to a perturbation with ‖δ‖ ≤ eps in the box: the
             nearest one in Linf and L1, and in L2, as published, the nearest in the ball, clipped.
-        steepest: a direction of unit norm along which a gradient rises fastest, given which
-            pixels can still move along it.
+        steepest: a gradient, a step's length (one number or `[b, 1, 1, 1]`) and the room that
+            every pixel has along the gradient, to a step of that norm along which it rises fastest.
         start: a random perturbation within eps.
     """
 
     size: Callable[[Tensor], Tensor]
     project: Callable[[Tensor, float, Bound, Bound], Tensor]
-    steepest: Callable[[Tensor, Tensor], Tensor]
+    steepest: Callable[[Tensor, Bound, Tensor], Tensor]
     start: Callable[[Tensor, float, KeyedNoise], Tensor]
 
 
@@ -61,17 +61,15 @@ def _l2_project(delta: Tensor, eps: float, low: Bound, high: Bound) -> Tensor:
     return _clip(shrunk, low, high)
 
 
-def _l2_steepest(gradient: Tensor, free: Tensor) -> Tensor:
+def _l2_steepest(gradient: Tensor, size: Bound, room: Tensor) -> Tensor:
     # Scaled first, so that the squares of tiny gradients do not vanish.
     tiny = torch.finfo(gradient.dtype).tiny
     scaled = gradient / per_image(gradient.flatten(1).abs().amax(1).clamp_min(tiny))
-    return scaled / per_image(_l2_size(scaled).clamp_min(_TINY))
+    return size * (scaled / per_image(_l2_size(scaled).clamp_min(_TINY)))
 
 
 def _l2_start(like: Tensor, eps: float, noise: KeyedNoise) -> Tensor:
-    normal = noise.normal(0, like)
-    direction = _l2_steepest(normal, torch.ones_like(normal))
-    return direction * noise.uniform(1, like[:, :1, :1, :1]) * eps
+    return _l2_steepest(noise.normal(0, like), eps * noise.uniform(1, like[:, :1, :1, :1]), like)
 
 
 def _l1_size(delta: Tensor) -> Tensor:
@@ -107,17 +105,19 @@ def _shrinkage(size: Tensor, cap: Tensor, eps: float) -> Tensor:
     return torch.where(total > eps, crossing, torch.zeros_like(crossing)).squeeze(1)
 
 
-def _l1_steepest(gradient: Tensor, free: Tensor) -> Tensor:
-    """Share a unit step among the largest hundredth of the pixels that can move (SLIDE).
+def _l1_steepest(gradient: Tensor, size: Bound, room: Tensor) -> Tensor:
+    """Spend the step on the pixels of the largest slopes, as far as each has room.
 
-    All of it on one pixel would be steepest, but a pixel's side of the box is near (Tramèr and
-    Boneh 2019).
+    Exact in the box, but that no pixel may take more than its share if a hundredth of them were to
+    move alike: one pixel all the way to white is no small step (Tramèr and Boneh 2019).
     """
-    movable = (gradient * free).flatten(1)
-    count = max(1, round(SPARSE_SHARE * movable.shape[1]))
-    chosen = movable.abs().topk(count, dim=1).indices
-    step = torch.zeros_like(movable).scatter(1, chosen, movable.gather(1, chosen).sign())
-    return (step / step.abs().sum(1, keepdim=True).clamp_min(1.0)).view_as(gradient)
+    slopes, order = gradient.abs().flatten(1).sort(dim=1, descending=True)
+    budget = (torch.ones_like(gradient[:, :1, :1, :1]) * size).flatten(1)
+    share = budget / max(1, round(SPARSE_SHARE * slopes.shape[1]))
+    most = room.flatten(1).gather(1, order).minimum(share) * (slopes > 0)
+    spent = most.cumsum(1) - most
+    moves = (budget - spent).clamp_min(0.0).minimum(most)
+    return gradient.sign() * torch.zeros_like(moves).scatter(1, order, moves).view_as(gradient)
 
 
 def _l1_start(like: Tensor, eps: float, noise: KeyedNoise) -> Tensor:
@@ -131,7 +131,7 @@ NORMS: dict[str, Norm] = {
     "Linf": Norm(
         size=lambda delta: delta.flatten(1).abs().amax(1),
         project=_linf_project,
-        steepest=lambda gradient, free: gradient.sign(),
+        steepest=lambda gradient, size, room: size * gradient.sign(),
         start=_linf_start,
     ),
     "L2": Norm(_l2_size, _l2_project, _l2_steepest, _l2_start),
@@ -172,14 +172,16 @@ class ThreatModel:
         """Return ‖x − origin‖ `[b]`."""
         return NORMS[self.norm].size(x - origin)
 
-    def direction(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """Return a direction of unit norm along which the gradient at x rises fastest."""
-        free = torch.where(gradient > 0, x < 1.0, x > 0.0)
-        return NORMS[self.norm].steepest(gradient, free)
-
     def step(self, x: Tensor, origin: Tensor, gradient: Tensor, step_size: Bound) -> Tensor:
-        """Move x by `step_size`, one number or `[b, 1, 1, 1]`, along `direction`, and project."""
-        return self.project(x + step_size * self.direction(x, gradient), origin)
+        """Move x by `step_size`, one number or `[b, 1, 1, 1]`, where the gradient rises fastest,
+        and project.
+        """
+        room = torch.where(gradient > 0, 1.0 - x, x)
+        return self.project(x + NORMS[self.norm].steepest(gradient, step_size, room), origin)
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """Return a direction of unit norm along which the gradient rises fastest in free space."""
+        return NORMS[self.norm].steepest(gradient, 1.0, torch.full_like(gradient, torch.inf))
 
     def random_start(self, origin: Tensor, noise: KeyedNoise) -> Tensor:
         """Draw a start: uniform in the Linf ball; in L2 and L1 a random direction × U[0, eps]."""

@@ -43,12 +43,11 @@ class TrainingPerturbation:
         """Return `images` `[b, C, H, W]` perturbed to raise the loss."""
         norm, eps = NORMS[self.threat.norm], self.threat.eps
         start = 2.0 * torch.rand(images.shape, generator=generator) - 1.0
-        everywhere = torch.ones_like(images)
         delta = norm.project(start.to(images) * eps, eps, -inf, inf)
         for _ in range(self.steps):
             delta.requires_grad_()
             loss = F.cross_entropy(classifier(images + delta).float(), labels)
             (gradient,) = torch.autograd.grad(loss, delta)
-            step = 1.25 * eps / self.steps * norm.steepest(gradient, everywhere)
+            step = 1.25 * eps / self.steps * self.threat.direction(gradient)
             delta = norm.project(delta.detach() + step, eps, -inf, inf)
         return images + delta
