@@ -237,11 +237,11 @@ def _seeded_new_generators() -> Iterator[None]:
     ART makes such generators for itself, and its attacks would never repeat.
     """
 
-    def state(seed: Any = None) -> np.random.RandomState:
-        return made(np.random.randint(2**31) if seed is None else seed)
+    class Seeded(np.random.RandomState):
+        def __init__(self, seed: Any = None) -> None:
+            super().__init__(np.random.randint(2**31) if seed is None else seed)
 
-    made = np.random.RandomState
-    with mock.patch.object(np.random, "RandomState", state):
+    with mock.patch.object(np.random, "RandomState", Seeded):
         yield
 
 
