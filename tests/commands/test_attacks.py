@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +52,9 @@ def test_transfer_from_another_defense(run, tiny_defense, tmp_path) -> None:
     status, printed, err = run(*small(tiny_defense, out, *words))
     assert status == 0, err
     assert f"transfer PGD-1 from {tiny_defense}" in printed
-    assert "[protocol.attacks.source.purifier" in (out / "settings.toml").read_text() or (
-        'kind = "PurifiedClassifier"' in (out / "settings.toml").read_text()
-    )
+    (attack,) = tomllib.loads((out / "settings.toml").read_text())["protocol"]["attacks"]
+    assert attack["source"]["purifier"]["settings"]["steps"] == 3
+    assert len(attack["source"]["weights"]) == 64
     assert run(*small(tiny_defense, out, *words))[0] == 0
 
 
