@@ -112,4 +112,4 @@ def _load(file: Path) -> Array:
 
 def _pixels(pixels: Array) -> Tensor:
     with_channels = pixels if pixels.ndim == 4 else pixels[..., None]
-    return torch.from_numpy(np.ascontiguousarray(with_channels)).permute(0, 3, 1, 2).float() / 255.0
+    return torch.from_numpy(np.array(with_channels)).permute(0, 3, 1, 2).float() / 255.0

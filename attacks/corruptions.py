@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -147,7 +147,7 @@ def elastic_transform(x: Array, rng: np.random.Generator, rubber: tuple[float, .
     pixels does not grow with severity.
     """
     strength, smooth, corners = (share * min(x.shape[:2]) for share in rubber)
-    grid = np.stack(np.mgrid[: x.shape[0], : x.shape[1]]).astype(np.float64)
+    grid = np.indices(x.shape[:2]).astype(np.float64)
     shakes = [rng.uniform(-1.0, 1.0, x.shape[:2]) for _ in range(2)]
     moved = _affine(grid, rng.uniform(-corners, corners, (3, 2)))
     for axis, shake in enumerate(shakes):
@@ -283,12 +283,12 @@ def _smear(x: Array, radius: float, std: float, degrees: float) -> Array:
 def _zoom(x: Array, factor: float) -> Array:
     """Zoom into the middle of an image, keeping its size."""
     centre = (np.array(x.shape[:2]) - 1.0) / 2.0
-    grid = np.stack(np.mgrid[: x.shape[0], : x.shape[1]]).astype(np.float64)
+    grid = np.indices(x.shape[:2]).astype(np.float64)
     middle = centre[:, None, None]
     return _sample(x, (grid - middle) / factor + middle, "nearest")
 
 
-def _sample(x: Array, places: Array, mode: str) -> Array:
+def _sample(x: Array, places: Array, mode: Literal["mirror", "nearest"]) -> Array:
     """Read an image bilinearly at `[2, H, W]` places."""
     channels = [
         ndimage.map_coordinates(x[..., c], places, order=1, mode=mode) for c in range(x.shape[2])

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
+from unittest import mock
 
 import numpy as np
 import torch
@@ -218,7 +219,7 @@ def plain_view(defense: PurifiedClassifier, replicates: int, seed: int) -> Purif
 def forked_generators(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the global generators of torch, NumPy and Python for a block, and put them back."""
     kept = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), _seeded_new_generators():
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
@@ -227,6 +228,21 @@ def forked_generators(seed: int, device: torch.device) -> Iterator[None]:
         finally:
             random.setstate(kept[0])
             np.random.set_state(kept[1])
+
+
+@contextmanager
+def _seeded_new_generators() -> Iterator[None]:
+    """Seed from NumPy's global generator what would be seeded by the operating system.
+
+    ART makes such generators for itself, and its attacks would never repeat.
+    """
+
+    class Seeded(np.random.RandomState):
+        def __init__(self, seed: Any = None) -> None:
+            super().__init__(np.random.randint(2**31) if seed is None else seed)
+
+    with mock.patch.object(np.random, "RandomState", Seeded):
+        yield
 
 
 def not_installed(library: str, package: str) -> UsageError:

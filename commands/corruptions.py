@@ -83,10 +83,7 @@ class Corruptions:
         return list(self.corruption) or known
 
     def _data(self, device: torch.device) -> tuple[Images, Make | None]:
-        """Return the clean images, and what reads corrupted ones if files are to be read.
-
-        Beside files, the mildest images of the first corruption stand for the clean ones.
-        """
+        """Return the clean images, or the mildest of the files, and what reads the others."""
         if self.folder is None:
             return load_data(self.data, self.split, self.images, root=self.data_root), None
         folder, first = self.folder, self._names()[0]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import norm
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,7 +30,6 @@ from ebm_defense.fingerprint import digest, fingerprint
 
 CLEAN = "none"
 BATCH = 64
-RESAMPLES = 2_000
 TABLE, CELLS, RECORDS = "table.md", "cells.csv", "records.csv"
 
 Make = Callable[[str, int], Images]
@@ -50,17 +52,17 @@ class CorruptionReport:
     def mean(self, model: str = "defended", corruption: str | None = None) -> tuple[float, ...]:
         """Return the mean accuracy over severities (and corruptions), and its interval.
 
-        The interval resamples images, since an image's results go together.
+        Images are the interval's unit, since an image's results go together.
         """
         chosen = self.records[self.records["corruption"] != CLEAN]
         if corruption is not None:
             chosen = self.records[self.records["corruption"] == corruption]
-        return bootstrap(chosen.groupby("image")[model].mean().to_numpy())
+        return mean_interval(chosen.groupby("image")[model].mean().to_numpy())
 
     def cells(self) -> pd.DataFrame:
         """Return a row for each corruption and severity, with Wilson intervals."""
         groups = self.records.groupby(["corruption", "severity"], sort=False)
-        return pd.DataFrame([_cell(str(c), int(s), part) for (c, s), part in groups])
+        return pd.DataFrame([_cell(part) for _, part in groups])
 
     def table(self) -> pd.DataFrame:
         """Return a row for each corruption, over its severities, and one for their mean."""
@@ -88,21 +90,28 @@ class CorruptionReport:
         return row
 
 
-def _cell(corruption: str, severity: int, part: pd.DataFrame) -> dict[str, Any]:
-    cell: dict[str, Any] = {"corruption": corruption, "severity": severity, "images": len(part)}
+def _cell(part: pd.DataFrame) -> dict[str, Any]:
+    first = part.iloc[0]
+    cell: dict[str, Any] = {"corruption": first["corruption"], "severity": first["severity"]}
+    cell["images"] = len(part)
     for model in ("defended", "undefended"):
         found = share(int(part[model].sum()), len(part))
         cell |= {model: found.value, f"{model}_low": found.low, f"{model}_high": found.high}
     return cell
 
 
-def bootstrap(values: np.ndarray[Any, Any]) -> tuple[float, float, float]:
-    """Return a mean and its percentile interval over resampled images (Efron 1979), seeded."""
-    rng = np.random.default_rng(0)
-    drawn = rng.choice(values, (RESAMPLES, len(values))).mean(1)
-    tail = (1.0 - CONFIDENCE) / 2.0
-    low, high = np.quantile(drawn, [tail, 1.0 - tail])
-    return float(values.mean()), float(low), float(high)
+def mean_interval(values: np.ndarray[Any, Any]) -> tuple[float, float, float]:
+    """Return a mean of values in [0, 1] and its Wilson interval.
+
+    Of all variables in [0, 1] with one mean a coin varies most, so the interval of as many coins
+    (Wilson 1927) is on the safe side, and keeps its width where every value is 1.
+    """
+    mean, count = float(values.mean()), len(values)
+    z = float(norm.ppf(0.5 + CONFIDENCE / 2.0))
+    shrink = 1.0 + z**2 / count
+    centre = (mean + z**2 / (2 * count)) / shrink
+    half = z / shrink * math.sqrt(mean * (1.0 - mean) / count + z**2 / (4 * count**2))
+    return mean, max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def evaluate_corruptions(
@@ -156,23 +165,41 @@ def evaluate_corruptions(
         "data": {"images": len(images), "sha256": digest([images, labels])},
     }
     folder = None if out is None else RunFolder(out, settings)
-    made = make or (lambda name, s: Images(corrupt(images, name, s, seed=seed), labels))
-    cells = [(CLEAN, 0), *((name, severity) for name in names for severity in severities)]
-    parts = []
-    for number, cell in enumerate(tqdm(cells, unit="cell", disable=None)):
-        kept = folder.load_shard(number) if folder else None
-        if kept is None:
-            data = Images(images, labels) if cell[0] == CLEAN else made(*cell)
-            kept = _measure(defense, data, cell, draws, seed), {}
-            if folder:
-                folder.save_shard(number, kept)
-        parts.append(kept[0])
-    # An empty field of a CSV reads as NaN, and so would the word "none".
-    records = pd.concat(parts, ignore_index=True).fillna({"corruption": CLEAN})
+    cells = [(name, severity) for name in names for severity in severities]
+    if make is None:
+        cells, make = [(CLEAN, 0), *cells], _maker(images, labels, seed)
+    measured = partial(_measure, defense, make, draws=draws, seed=seed)
+    records = pd.concat(_kept(cells, measured, folder), ignore_index=True)
     report = CorruptionReport(records=records, caption=_caption(settings))
     if folder:
         report.save(folder.path)
     return report
+
+
+def _maker(images: Tensor, labels: Tensor, seed: int) -> Make:
+    def make(name: str, severity: int) -> Images:
+        if name == CLEAN:
+            return Images(images, labels)
+        return Images(corrupt(images, name, severity, seed=seed), labels)
+
+    return make
+
+
+def _kept(
+    cells: list[tuple[str, int]],
+    measured: Callable[[tuple[str, int]], pd.DataFrame],
+    folder: RunFolder | None,
+) -> list[pd.DataFrame]:
+    """Measure each corruption and severity, keeping and reusing what is in the folder."""
+    parts = []
+    for number, cell in enumerate(tqdm(cells, unit="cell", disable=None)):
+        kept = folder.load_shard(number) if folder else None
+        if kept is None:
+            kept = measured(cell), {}
+            if folder:
+                folder.save_shard(number, kept)
+        parts.append(kept[0].assign(corruption=cell[0]))  # a CSV's "none" is read as NaN
+    return parts
 
 
 def _check(
@@ -187,10 +214,10 @@ def _check(
 
 
 def _measure(
-    defense: PurifiedClassifier, data: Images, cell: tuple[str, int], draws: int, seed: int
+    defense: PurifiedClassifier, make: Make, cell: tuple[str, int], *, draws: int, seed: int
 ) -> pd.DataFrame:
     """Classify one corruption's images, in batches, and return their records."""
-    bare, parts = as_defense(defense.undefended).classifier, []
+    data, bare, parts = make(*cell), defense.undefended, []
     for rows in torch.arange(len(data.labels)).split(BATCH):
         images, labels, ids = data.images[rows], data.labels[rows], rows.tolist()
         stream = Stream(seed, f"corrupted {cell[0]} {cell[1]}", draws)
@@ -220,6 +247,6 @@ def _caption(settings: dict[str, Any]) -> str:
         f"Mean accuracy over {count} corruptions at severities {', '.join(map(str, grades))} "
         f"(Hendrycks, Dietterich 2019), {settings['source']}. {settings['replicates']} fresh "
         f"replicates, one stage. Purifier: {describe_purifier(settings['defense']['purifier'])}. "
-        f"{settings['data']['images']} images, {CONFIDENCE:.0%} bootstrap intervals over images, "
+        f"{settings['data']['images']} images, {CONFIDENCE:.0%} Wilson intervals over images, "
         f"seed {settings['seed']}."
     )

@@ -8,6 +8,7 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from ebm_defense import LangevinPurifier, PurifiedClassifier, load_data, load_defense
+from ebm_defense.classifiers import WideResNet, WideResNetSettings, normalized
 from ebm_defense.energies import ConvEnergy, ConvEnergySettings
 
 # Time limits would fail on a busy machine, and random examples would fail now and then.
@@ -69,3 +70,15 @@ def sample():
 def shipped():
     """Return the defense that ships, with short chains and few replicates for speed."""
     return load_defense("fashion-mnist", steps=5, replicates=2, seed=0)
+
+
+@pytest.fixture(scope="session")
+def tiny_defense(tmp_path_factory):
+    """An untrained defense of 8×8 images, the size of data set `digits`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = WideResNet(WideResNetSettings(channels=1, depth=10, widen=1))
+        energy = ConvEnergy(ConvEnergySettings(channels=1, image_size=8, width=2))
+    purifier = LangevinPurifier(energy, 3, 0.03, 9e-4)
+    defense = PurifiedClassifier(normalized(network, 0.5, 0.5), purifier, replicates=2)
+    return defense.save(tmp_path_factory.mktemp("tiny") / "defense")
