@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebm_defense.attacks.final import FinalImages, check_replicates
-from ebm_defense.attacks.threat import NORMS, ThreatModel
+from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.files import load_tensors, save_tensors, writable_folder, write_text
@@ -124,7 +124,7 @@ class Generator(nn.Module):
 
 def within(images: Tensor, delta: Tensor, threat: ThreatModel) -> Tensor:
     """Return images + δ projected onto the threat model."""
-    return (images + NORMS[threat.norm].project(delta, threat.eps)).clamp(0.0, 1.0)
+    return threat.project(images + delta, images)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,23 +53,25 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     On a GPU "fp32" leaves out TF32, whose products keep only 10 bits.
     """
     reduced = precision == "bf16"
-    with torch.autocast(device.type, torch.bfloat16, enabled=reduced), _tf32(reduced, device):
+    with torch.autocast(device.type, torch.bfloat16, enabled=reduced), tf32(reduced, device):
         yield
 
 
 @contextmanager
-def _tf32(allowed: bool, device: torch.device) -> Iterator[None]:
-    if allowed or device.type != "cuda":
+def tf32(allowed: bool, device: torch.device) -> Iterator[None]:
+    """Let CUDA round the factors of fp32 products to TF32, or not; leave other devices alone.
+
+    torch's own default rounds those of convolutions but not those of matrix products.
+    """
+    if device.type != "cuda":
         yield
         return
-    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    switches: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [switch.allow_tf32 for switch in switches]
     try:
-        _set_tf32([False, False])
+        for switch in switches:
+            switch.allow_tf32 = allowed
         yield
     finally:
-        _set_tf32(before)
-
-
-def _set_tf32(allowed: list[bool]) -> None:
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allowed
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value

@@ -175,7 +175,7 @@ class LangevinPurifier(SteppedPurifier):
             noise,
             energy=self.energy,
             settings=replace(self.settings, steps=len(steps)),
-            precision=self.precision,
+            precision=self.resolved_precision(x),
             first=steps.start,
         )
 

@@ -17,13 +17,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ebm_defense.attacks.corruptions import CORRUPTIONS, SEVERITIES, check_corruption, corrupt
+from ebm_defense.attacks.hearing import refuse_nan
 from ebm_defense.data import Images
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.probe import probe
 from ebm_defense.eval.records import RunFolder, purifier_settings
 from ebm_defense.eval.statistics import CONFIDENCE, share
-from ebm_defense.eval.verdict import Stream, draw_logits, refuse_nan
+from ebm_defense.eval.verdict import Stream, draw_logits
 from ebm_defense.eval.wording import describe_purifier
 from ebm_defense.files import write_text
 from ebm_defense.fingerprint import digest, fingerprint

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from ebm_defense.derivatives import tf32
 from ebm_defense.engine.base import Energy
 from ebm_defense.errors import UsageError
 
@@ -36,7 +33,7 @@ def energy_and_gradient(
     """
     # Attack libraries predict under no_grad and some callers under inference_mode, but the
     # chain always needs this one gradient.
-    with torch.inference_mode(False), torch.enable_grad(), arithmetic(precision, x.device):
+    with torch.inference_mode(False), torch.enable_grad(), tf32(precision == "tf32", x.device):
         x = x.clone() if x.is_inference() else x.detach()
         x.requires_grad_()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -59,23 +56,3 @@ def _input_gradient(value: Tensor, x: Tensor) -> Tensor:
     if gradient is None:
         raise UsageError("an energy must depend on its images, but this one has no gradient.")
     return gradient
-
-
-@contextmanager
-def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
-    """Let CUDA round fp32 factors to TF32 where the precision is "tf32", and nowhere else.
-
-    torch's own default rounds those of convolutions but not those of matrix products.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    switches: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [switch.allow_tf32 for switch in switches]
-    try:
-        for switch in switches:
-            switch.allow_tf32 = precision == "tf32"
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ebm_defense.derivatives import tf32
 from ebm_defense.energies import ConvEnergy, SoftLeakyReLU
-from ebm_defense.engine.autograd import arithmetic
 from ebm_defense.engine.base import Energy
 from ebm_defense.engine.fused import Map, convolution
 from ebm_defense.engine.subpixel import Convolution, best_blocks
@@ -150,7 +150,7 @@ class ConvGradient:
 
     @contextmanager
     def _as_asked(self, x: Tensor) -> Iterator[None]:
-        with torch.autocast(x.device.type, enabled=False), arithmetic(self.precision, x.device):
+        with torch.autocast(x.device.type, enabled=False), tf32(self.precision == "tf32", x.device):
             yield
 
     def _forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
