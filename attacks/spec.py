@@ -95,12 +95,15 @@ def make_part(registry: Mapping[str, Callable[..., T]], text: str, what: str) ->
     """Make a registry's part from `name(parameter=value, …)`.
 
     Raises:
-        UsageError: an unknown name, or a parameter it does not take.
+        UsageError: an unknown name, a parameter it does not take, or a value that does not fit.
     """
     spec = parse(text)
     make = lookup(registry, spec.name, what)
     refuse_unknown(spec.parameters, settings_of(make), f"{what} {spec.name}")
-    return make(**spec.parameters)
+    try:
+        return make(**spec.parameters)
+    except (OverflowError, TypeError) as error:
+        raise UsageError(f"the settings of {text!r} do not fit: {error}.") from error
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:

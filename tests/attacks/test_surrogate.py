@@ -92,7 +92,7 @@ def test_a_diverging_surrogate_says_so():
         Surrogate(steps=12)(defense, images, labels, keys, CrossEntropy())
 
 
-@pytest.mark.parametrize("spec", ["bpda", "full", "smoothed", "surrogate:steps=2"])
+@pytest.mark.parametrize("spec", ["bpda", "full", "smoothed", "surrogate(steps=2)"])
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_every_gradient_drives_pgd(langevin_defense, spec, norm, count):
@@ -103,14 +103,16 @@ def test_every_gradient_drives_pgd(langevin_defense, spec, norm, count):
     adversarial = attack(langevin_defense(), images, labels)
     assert adversarial.shape == images.shape
     assert bool((attack.threat.size(adversarial, images) <= 0.05 + 1e-9).all())
-    assert spec.partition(":")[0] in GRADIENTS
+    assert spec.partition("(")[0] in GRADIENTS
 
 
 def test_gradients_are_made_from_their_names_and_settings():
     assert make_gradient("bpda") == Identity()
-    assert make_gradient("full:store=checkpoints,memory=2") == Full(store="checkpoints", memory=2)
-    assert make_gradient("smoothed:width=0.5,stride=2") == Smoothed(width=0.5, stride=2)
-    surrogate = make_gradient("surrogate:steps=5,through=smoothed")
+    assert make_gradient("full(store='checkpoints', memory=2)") == Full(
+        store="checkpoints", memory=2
+    )
+    assert make_gradient("smoothed(width=0.5, stride=2)") == Smoothed(width=0.5, stride=2)
+    surrogate = make_gradient("surrogate(steps=5, through='smoothed')")
     assert surrogate == Surrogate(steps=5, through=Smoothed())
 
 
@@ -118,11 +120,11 @@ def test_gradients_are_made_from_their_names_and_settings():
     ("spec", "said"),
     [
         ("magic", "unknown gradient 'magic'"),
-        ("full:depth=3", "no setting 'depth'"),
-        ("smoothed:width", "name=value"),
-        ("smoothed:width=wide", "do not fit"),
-        ("smoothed:stride=-1", "stride"),
-        ("surrogate:steps=5,through=magic", "unknown gradient"),
+        ("full(depth=3)", "takes no 'depth'"),
+        ("smoothed(width)", "plain values"),
+        ("smoothed(width='wide')", "do not fit"),
+        ("smoothed(stride=-1)", "stride"),
+        ("surrogate(steps=5, through='magic')", "unknown gradient"),
     ],
 )
 def test_wrong_names_and_settings_are_named(spec, said):

@@ -40,7 +40,7 @@ def test_attacks_are_chosen_by_name_once_or_several_times(run, tiny_defense, tmp
     out = tmp_path / "run"
     status, printed, err = run(*small(tiny_defense, out, *words))
     assert status == 0, err
-    for word in ("quick-custom", "transfer PGD-1", "torchattacks FGSM", "PGD-1 (BPDA+EOT)"):
+    for word in ("quick-custom", "transfer PGD-CE(softmax)-1", "torchattacks FGSM", "(BPDA+EOT)"):
         assert word in printed
     assert 'average = "softmax"' in (out / "settings.toml").read_text()
     assert len(pd.read_csv(out / "records.csv")) == 6

@@ -7,7 +7,7 @@ import pytest
 SMALL = ("--data", "digits", "--images", 2, "--replicates", 1, 2)
 
 
-@pytest.mark.parametrize("gradient", ["bpda", "full", "smoothed:width=1,stride=2"])
+@pytest.mark.parametrize("gradient", ["bpda", "full", "smoothed(width=1, stride=2)"])
 def test_it_prints_a_row_for_each_number_of_replicates(run, tiny_defense, gradient) -> None:
     status, printed, _ = run("signal", "--defense", tiny_defense, *SMALL, "--gradient", gradient)
     assert status == 0

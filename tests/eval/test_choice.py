@@ -7,7 +7,8 @@ import pytest
 from ebm_defense import UsageError
 from ebm_defense.attacks import PGD, ThreatModel, Transfer
 from ebm_defense.attacks.catalogue import PARTS
-from ebm_defense.attacks.gradients import GRADIENTS, Identity
+from ebm_defense.attacks.gradient_names import GRADIENTS
+from ebm_defense.attacks.gradients import Identity
 from ebm_defense.attacks.losses import LOSSES, CrossEntropy
 from ebm_defense.eval import get_protocol
 from ebm_defense.eval.choice import choose
