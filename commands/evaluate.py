@@ -15,6 +15,7 @@ from ebm_defense.commands.parts import (
     make_purifier,
     put_on,
     resolve_device,
+    write_settings,
 )
 from ebm_defense.data import Images, dataset, load_data
 from ebm_defense.defense import PurifiedClassifier
@@ -25,11 +26,12 @@ from ebm_defense.eval.probe import probe
 from ebm_defense.eval.records import default_folder
 from ebm_defense.eval.runner import SHARD, Job, attack_column, planned_steps
 from ebm_defense.eval.wording import describe_attack
-from ebm_defense.files import writable_folder
+from ebm_defense.eval.workers import Workers
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.purifiers import LangevinPurifier, Purifier
 from ebm_defense.weights import load_defense
 
+COMMAND = "command.toml"
 PICTURED = 8
 TIMED_SECONDS = 3.0
 
@@ -97,6 +99,8 @@ class Evaluate:
     """Seed of every stream."""
     out: Path | None = None
     """Run folder; the same command goes on in it. A new one under runs/ if not given."""
+    shard: str = "1/1"
+    """Do only this part of the run, as in 2/3; ebm-defense merge puts the folders together."""
     dry_run: bool = False
     """Print chain-steps, expected hours and memory, and stop."""
 
@@ -110,11 +114,20 @@ class Evaluate:
         if self.dry_run:
             print(plan(defense, Images(images, labels), protocol, self.seed))
             return 0
-        out = writable_folder(self.out or default_folder())
-        report = evaluate(defense, images, labels, protocol, seed=self.seed, out=out)
-        self._draw(defense, data, report, out)
-        print(f"\n{report.to_text()}\nEverything was saved in {out}")
+        workers, out = Workers.of(self.shard), self._out()
+        report = evaluate(
+            defense, images, labels, protocol, seed=self.seed, out=out, workers=workers
+        )
+        if workers.leads:
+            write_settings(out, self, COMMAND)
+            self._draw(defense, report, out)
+            print(f"\n{report.to_text()}\nEverything was saved in {out}")
         return 0
+
+    def _out(self) -> Path:
+        if self.out is None and Workers.of().world > 1:
+            raise UsageError("processes that share a run need its folder's name; give --out.")
+        return self.out or default_folder()
 
     def _protocol(self) -> Protocol:
         eps = dataset(self.data).eps if self.eps is None else self.eps
@@ -157,19 +170,19 @@ class Evaluate:
             energy, steps, self.langevin_step_size, self.temperature, self.precision
         )
 
-    def _draw(self, defense: PurifiedClassifier, data: Images, report: Report, out: Path) -> None:
+    def _draw(self, defense: PurifiedClassifier, report: Report, out: Path) -> None:
         number = len(report.protocol.attacks) - 1
         attack = report.protocol.attacks[number]
         attacked = report.adversarial[attack_column(number, attack)]
         # Images that were wrong from the start were never attacked, so they come last.
         chosen = (1 - torch.tensor(report.records["natural"])).argsort(stable=True)[:PICTURED]
         device = next(defense.parameters(), attacked).device
-        originals, adversarial = data.images[chosen].to(device), attacked[chosen].to(device)
+        originals, adversarial = report.originals[chosen].to(device), attacked[chosen].to(device)
         draw_strip(
             purification_rows(defense, originals, adversarial, self.seed),
             out / "purification.png",
             classify=defense.classifier,
-            labels=data.labels[chosen],
+            labels=torch.tensor(report.records["label"])[chosen],
             classes=dataset(self.data).classes,
             title=describe_attack(attack),
         )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from ebm_defense.errors import UsageError
+from ebm_defense.errors import FailedRunError, UsageError
 from ebm_defense.memory import keep_freed_memory
 
 USAGE_STATUS = 2
@@ -23,6 +26,7 @@ class Entry(NamedTuple):
 
 COMMANDS: dict[str, Entry] = {
     "evaluate": Entry("evaluate", "Evaluate", "attack a defense, judge it, print the table"),
+    "merge": Entry("merge", "Merge", "put the parts of a run together that --shard made"),
     "purify": Entry("purify", "Purify", "purify images and draw a film strip of it"),
     "train-ebm": Entry("train_ebm", "TrainEbm", "learn an energy by maximum likelihood"),
     "train-classifier": Entry(
@@ -64,11 +68,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     keep_freed_memory()
     try:
-        return _run(given[0], given[1:])
+        with _terminable():
+            return _run(given[0], given[1:])
     except UsageError as error:
         return _say(error, USAGE_STATUS)
+    except FailedRunError as error:
+        return _say(error, 1)
     except KeyboardInterrupt:
         return _say("stopped; the same command goes on from the last finished part.", 130)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM, which torchrun and batch systems send, end a run as Ctrl-C does."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may ask for signals
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(name: str, rest: list[str]) -> int:
@@ -76,14 +100,7 @@ def _run(name: str, rest: list[str]) -> int:
         raise UsageError(f"unknown command {name!r}; choose one of {', '.join(COMMANDS)}.")
     entry = COMMANDS[name]
     command = getattr(importlib.import_module(f"ebm_defense.commands.{entry.module}"), entry.cls)
-    try:
-        status: int = parse(command, name, rest).run()
-    except RuntimeError as error:
-        from ebm_defense.learning.energy import DivergedError
-
-        if isinstance(error, DivergedError):
-            return _say(error, 1)
-        raise
+    status: int = parse(command, name, rest).run()
     return status
 
 
