@@ -27,6 +27,9 @@ class Entry(NamedTuple):
 COMMANDS: dict[str, Entry] = {
     "evaluate": Entry("evaluate", "Evaluate", "attack a defense, judge it, print the table"),
     "merge": Entry("merge", "Merge", "put the parts of a run together that --shard made"),
+    "verify": Entry("verify", "Verify", "judge a run's saved adversarial images again"),
+    "compare": Entry("compare", "Compare", "one table and figures of several runs"),
+    "report": Entry("report", "WriteReport", "one HTML page of a run"),
     "purify": Entry("purify", "Purify", "purify images and draw a film strip of it"),
     "train-ebm": Entry("train_ebm", "TrainEbm", "learn an energy by maximum likelihood"),
     "train-classifier": Entry(
@@ -109,7 +112,7 @@ def parse(command: type[Any], name: str, rest: list[str]) -> Any:
     import tyro
 
     rest, file = _take_config(rest)
-    default = _from_file(command, file) if file else None
+    default = from_file(command, file) if file else None
     return tyro.cli(
         command,
         prog=f"ebm-defense {name}",
@@ -130,7 +133,12 @@ def _take_config(rest: list[str]) -> tuple[list[str], str | None]:
     return rest, None
 
 
-def _from_file(command: type[Any], path: str) -> Any:
+def from_file(command: type[Any], path: str) -> Any:
+    """Build a command from a TOML file of its options.
+
+    Raises:
+        UsageError: the file cannot be read, or holds what is no option.
+    """
     import tomllib
     from pathlib import Path
 

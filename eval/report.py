@@ -95,16 +95,16 @@ class Report:
 
     def to_text(self) -> str:
         """Return the table and its caption for a terminal."""
-        return f"{self._printable().to_string(index=False)}\n\n{self.caption()}\n"
+        return f"{self.printable().to_string(index=False)}\n\n{self.caption()}\n"
 
     def to_markdown(self) -> str:
         """Return the table and its caption as Markdown."""
-        table = self._printable().to_markdown(index=False, disable_numparse=True)
+        table = self.printable().to_markdown(index=False, disable_numparse=True)
         return f"{table}\n\n{self.caption()}\n"
 
     def to_latex(self) -> str:
         """Return the table as LaTeX with booktabs, its caption included."""
-        style = self._printable(r"\%").style.hide(axis="index").format(escape="latex")
+        style = self.printable(r"\%").style.hide(axis="index").format(escape="latex")
         caption = self.caption().replace("%", r"\%").replace("_", r"\_")
         latex: str = style.to_latex(hrules=True, caption=caption, position_float="centering")
         return latex
@@ -122,7 +122,8 @@ class Report:
         write_text(path / "table.csv", self.to_csv())
         return path
 
-    def _printable(self, percent: str = "%") -> pd.DataFrame:
+    def printable(self, percent: str = "%") -> pd.DataFrame:
+        """Return the table as it is printed, rounded."""
         table = self.table()
         interval = [
             f"{100 * low:.1f} to {100 * high:.1f}"
