@@ -99,7 +99,7 @@ class Comparison:
                     "images": found.total,
                     "best": self.best(column) == row,
                     "chain-steps an image": self.cost(row),
-                    "settings": column.note,
+                    "measured by": column.note,
                 }
                 for column in self.columns
                 for row in range(len(self.reports))

@@ -100,7 +100,7 @@ def _curve(report: Report) -> str | None:
     for colour, number in enumerate(shown):
         title = attack_title(report.protocol.attacks[number])
         draw_curve(axis, report, colour, number, title)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, frameon=False)  # a frame would stay white on a dark page
     return inline_svg(figure)
 
 

@@ -47,13 +47,17 @@ def over_steps(reports: Sequence[Report]) -> Figure | None:
     shown = [r for r in reports if r.protocol.attacks[-1].looks > 1]
     for i, report in enumerate(shown):
         draw_curve(axis, report, i)
-    axis.legend(fontsize=8)
+    _legend(axis)
     return figure if shown else None
 
 
 def step_canvas() -> tuple[Figure, Axes]:
     """Return empty axes of accuracy over attack steps."""
-    return _canvas("attack step")
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axis = _canvas("attack step")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, axis
 
 
 def draw_curve(axis: Axes, report: Report, number: int, attack: int = -1, label: str = "") -> None:
@@ -149,6 +153,11 @@ def _canvas(xlabel: str) -> tuple[Figure, Axes]:
     return figure, axis
 
 
+def _legend(axis: Axes) -> None:
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8, frameon=False)
+
+
 def _bars(axis: Axes, points: Sequence[Point], number: int, line: str, label: str) -> None:
     height = [100 * p.share.value for p in points]
     down = [100 * (p.share.value - p.share.low) for p in points]
@@ -169,7 +178,7 @@ def _scatter(points: Sequence[Point], xlabel: str) -> Figure | None:
     figure, axis = _canvas(xlabel)
     for i, point in enumerate(points):
         _bars(axis, [point], i, "", point.name)
-    axis.legend(fontsize=8)
+    _legend(axis)
     return figure if len(points) > 1 else None
 
 
@@ -183,7 +192,7 @@ def _series(
     curves = group(reports, x, rest)
     for i, (label, points) in enumerate(curves.items()):
         _bars(axis, points, i, "-", label)
-    axis.legend(fontsize=8)
+    _legend(axis)
     return figure if curves else None
 
 

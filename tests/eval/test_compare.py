@@ -104,7 +104,7 @@ def test_different_images_are_compared_unpaired_and_it_says_so():
 
 
 def test_attacks_of_other_settings_have_columns_of_their_own():
-    found = compare([made("a", 36, 20, eps=0.1), made("b", 36, 20, eps=0.2)])
+    found = compare([made("a", 36, 20, eps=0.1), made("b", 36, 20, eps=0.3)])
     assert [c.title for c in found.columns] == [
         "clean",
         "PGD-10 (BPDA+EOT) [1]",
@@ -112,7 +112,7 @@ def test_attacks_of_other_settings_have_columns_of_their_own():
     ]
     assert found.share(0, found.columns[2]) is None
     assert "Linf 0.1" in found.columns[1].note
-    assert "Linf 0.2" in found.columns[2].note
+    assert "Linf 0.3" in found.columns[2].note
     assert [len(set(c.outcomes)) for c in found.columns] == [2, 1, 1]
     assert "–" in found.to_text()
 
@@ -190,7 +190,7 @@ def test_a_figure_is_drawn_where_there_are_data_for_it():
 
 
 def test_a_line_over_eps_holds_the_runs_accuracies():
-    reports = [made("b", 36, 10, eps=0.2), made("a", 36, 20, eps=0.1), made("z", 36, 0, seed=4)]
+    reports = [made("b", 36, 10, eps=0.3), made("a", 36, 20, eps=0.1), made("z", 36, 0, seed=4)]
     figure = FIGURES["accuracy-over-eps"](reports)
     (line,) = [c.lines[0] for c in figure.axes[0].containers]
     np.testing.assert_allclose(line.get_xydata(), [[0.1, 50.0], [0.2, 25.0]])

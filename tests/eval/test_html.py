@@ -161,6 +161,7 @@ def test_a_browser_shows_the_page_on_a_phone_and_on_a_desk(report, tmp_path):
     for width in (400, 1200):
         shot = tmp_path / f"{width}.png"
         words = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        words += ["--hide-scrollbars"]
         words += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1500"]
         words += [f"--screenshot={shot}", (tmp_path / "page.html").as_uri()]
         subprocess.run([CHROMIUM, *words], check=True, capture_output=True, timeout=120)
