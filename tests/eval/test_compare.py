@@ -190,7 +190,7 @@ def test_a_figure_is_drawn_where_there_are_data_for_it():
 
 
 def test_a_line_over_eps_holds_the_runs_accuracies():
-    reports = [made("b", 36, 10, eps=0.3), made("a", 36, 20, eps=0.1), made("z", 36, 0, seed=4)]
+    reports = [made("b", 36, 10, eps=0.2), made("a", 36, 20, eps=0.1), made("z", 36, 0, seed=4)]
     figure = FIGURES["accuracy-over-eps"](reports)
     (line,) = [c.lines[0] for c in figure.axes[0].containers]
     np.testing.assert_allclose(line.get_xydata(), [[0.1, 50.0], [0.2, 25.0]])
