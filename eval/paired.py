@@ -23,4 +23,4 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
 def unpaired(first: ArrayLike, second: ArrayLike) -> float:
     """Return Fisher's exact two-sided p-value for outcomes on different images."""
     table = [[int(np.sum(x)), len(x) - int(np.sum(x))] for x in map(np.asarray, (first, second))]
-    return float(fisher_exact(table).pvalue)
+    return float(fisher_exact(np.array(table)).pvalue)
