@@ -66,8 +66,8 @@ def benchmark(
     Raises:
         UsageError: as `load_data`, `get_protocol` and `evaluate`.
     """
-    budget = {"norm": threat_model, "eps": known_dataset(dataset).eps if eps is None else eps}
-    chosen = get_protocol(protocol, **budget)
+    size = known_dataset(dataset).eps if eps is None else eps
+    chosen = get_protocol(protocol, norm=threat_model, eps=size)
     images, labels = load_data(dataset, split, n_examples, root=data_dir)
     if isinstance(model, torch.nn.Module):
         model = model.to(device)
