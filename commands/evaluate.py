@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,22 +17,28 @@ from ebm_defense.commands.parts import (
     make_purifier,
     put_on,
     resolve_device,
+    write_settings,
 )
+from ebm_defense.commands.sweep import grid
 from ebm_defense.data import Images, dataset, load_data
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.eval import Protocol, Report, evaluate, get_protocol
 from ebm_defense.eval.choice import choose
+from ebm_defense.eval.compare import compare
 from ebm_defense.eval.figures import draw_strip, purification_rows
 from ebm_defense.eval.probe import probe
+from ebm_defense.eval.reading import load_run
 from ebm_defense.eval.records import default_folder
 from ebm_defense.eval.runner import SHARD, Job, attack_column, planned_steps
 from ebm_defense.eval.wording import describe_attack
-from ebm_defense.files import writable_folder
+from ebm_defense.eval.workers import Workers
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.purifiers import LangevinPurifier, Purifier
 from ebm_defense.weights import load_defense
 
+COMMAND = "command.toml"
+ALONE_SHARD = "1/1"
 PICTURED = 8
 TIMED_SECONDS = 3.0
 
@@ -106,24 +113,55 @@ class Evaluate:
     """Seed of every stream."""
     out: Path | None = None
     """Run folder; the same command goes on in it. A new one under runs/ if not given."""
+    shard: str = ALONE_SHARD
+    """Do only this part of the run, as in 2/3; ebm-defense merge puts the folders together."""
+    sweep: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Run a grid, as in --sweep eps=0.02,0.1 --sweep langevin-steps=0,50: each point in a folder of
+    its own in --out, and a comparison of all."""
     dry_run: bool = False
     """Print chain-steps, expected hours and memory, and stop."""
 
     def run(self) -> int:
         """Evaluate, draw, print."""
+        return self._sweep() if self.sweep else self._one()
+
+    def _one(self) -> int:
         protocol = self._protocol()
         device = resolve_device(self.device)
         data = load_data(self.data, self.split, self.images, root=self.data_root)
-        defense = put_on(self._defense(), device)
+        defense = put_on(self.make_defense(), device)
         images, labels = data.images.to(device), data.labels.to(device)
         if self.dry_run:
             print(plan(defense, Images(images, labels), protocol, self.seed))
             return 0
-        out = writable_folder(self.out or default_folder())
-        report = evaluate(defense, images, labels, protocol, seed=self.seed, out=out)
-        self._draw(defense, data, report, out)
-        print(f"\n{report.to_text()}\nEverything was saved in {out}")
+        workers, out = Workers.of(self.shard), self._out()
+        report = evaluate(
+            defense, images, labels, protocol, seed=self.seed, out=out, workers=workers
+        )
+        if workers.leads:
+            write_settings(out, self, COMMAND)
+            classes = dataset(self.data).classes
+            draw_breaks(defense, report, out / "purification.png", classes)
+            print(f"\n{report.to_text()}\nEverything was saved in {out}")
         return 0
+
+    def _sweep(self) -> int:
+        """Run every point of the grid, and compare them."""
+        out = self._out()
+        points = grid(self.sweep, type(self))
+        for name, values in points.items():
+            print(f"{name}:", flush=True)
+            replace(self, sweep=(), out=out / name, **values).run()
+        if Workers.of(self.shard).leads and not self.dry_run and self.shard == ALONE_SHARD:
+            reports = [load_run(out / name) for name in points]
+            comparison = compare(reports, heading="settings", sweep=True)
+            print(f"\n{comparison.to_text()}\nTable and figures are in {comparison.save(out)}")
+        return 0
+
+    def _out(self) -> Path:
+        if self.out is None and Workers.of().world > 1:
+            raise UsageError("processes that share a run need its folder's name; give --out.")
+        return self.out or default_folder()
 
     def _protocol(self) -> Protocol:
         eps = dataset(self.data).eps if self.eps is None else self.eps
@@ -146,7 +184,8 @@ class Evaluate:
             replicates=self.replicates,
         )
 
-    def _defense(self) -> PurifiedClassifier:
+    def make_defense(self) -> PurifiedClassifier:
+        """Return the defense that the options name."""
         options: dict[str, Any] = {"max_chains": self.max_chains}
         if self.average is not None:
             options["average"] = self.average
@@ -175,22 +214,29 @@ class Evaluate:
             energy, steps, self.langevin_step_size, self.temperature, self.precision
         )
 
-    def _draw(self, defense: PurifiedClassifier, data: Images, report: Report, out: Path) -> None:
-        number = len(report.protocol.attacks) - 1
-        attack = report.protocol.attacks[number]
-        attacked = report.adversarial[attack_column(number, attack)]
-        # Images that were wrong from the start were never attacked, so they come last.
-        chosen = (1 - torch.tensor(report.records["natural"])).argsort(stable=True)[:PICTURED]
-        device = next(defense.parameters(), attacked).device
-        originals, adversarial = data.images[chosen].to(device), attacked[chosen].to(device)
-        draw_strip(
-            purification_rows(defense, originals, adversarial, self.seed),
-            out / "purification.png",
-            classify=defense.classifier,
-            labels=data.labels[chosen],
-            classes=dataset(self.data).classes,
-            title=describe_attack(attack),
-        )
+
+def draw_breaks(
+    defense: PurifiedClassifier,
+    report: Report,
+    path: Path,
+    classes: Sequence[str] = (),
+) -> None:
+    """Draw the first attacked images on their way through the purifier."""
+    number = len(report.protocol.attacks) - 1
+    attack = report.protocol.attacks[number]
+    attacked = report.adversarial[attack_column(number, attack)]
+    # Images that were wrong from the start were never attacked, so they come last.
+    chosen = (1 - torch.tensor(report.records["natural"])).argsort(stable=True)[:PICTURED]
+    device = next(defense.parameters(), attacked).device
+    originals, adversarial = report.originals[chosen].to(device), attacked[chosen].to(device)
+    draw_strip(
+        purification_rows(defense, originals, adversarial, report.settings["seed"]),
+        path,
+        classify=defense.classifier,
+        labels=torch.tensor(report.records["label"])[chosen],
+        classes=classes,
+        title=describe_attack(attack),
+    )
 
 
 def plan(defense: PurifiedClassifier, data: Images, protocol: Protocol, seed: int) -> str:

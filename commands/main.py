@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from ebm_defense.errors import UsageError
+from ebm_defense.errors import FailedRunError, UsageError
 from ebm_defense.memory import keep_freed_memory
 
 USAGE_STATUS = 2
@@ -26,6 +29,10 @@ COMMANDS: dict[str, Entry] = {
     "attacks": Entry("attacks", "Attacks", "list every attack by name, with its cost"),
     "corruptions": Entry("corruptions", "Corruptions", "measure a defense on common corruptions"),
     "signal": Entry("signal", "SignalCommand", "show how many replicates a gradient needs"),
+    "merge": Entry("merge", "Merge", "put the parts of a run together that --shard made"),
+    "verify": Entry("verify", "Verify", "judge a run's saved adversarial images again"),
+    "compare": Entry("compare", "Compare", "one table and figures of several runs"),
+    "report": Entry("report", "WriteReport", "one HTML page of a run"),
     "purify": Entry("purify", "Purify", "purify images and draw a film strip of it"),
     "train-ebm": Entry("train_ebm", "TrainEbm", "learn an energy by maximum likelihood"),
     "train-classifier": Entry(
@@ -69,11 +76,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     keep_freed_memory()
     try:
-        return _run(given[0], given[1:])
+        with _terminable():
+            return _run(given[0], given[1:])
     except UsageError as error:
         return _say(error, USAGE_STATUS)
+    except FailedRunError as error:
+        return _say(error, 1)
     except KeyboardInterrupt:
         return _say("stopped; the same command goes on from the last finished part.", 130)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM, which torchrun and batch systems send, end a run as Ctrl-C does."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may ask for signals
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(name: str, rest: list[str]) -> int:
@@ -81,14 +108,7 @@ def _run(name: str, rest: list[str]) -> int:
         raise UsageError(f"unknown command {name!r}; choose one of {', '.join(COMMANDS)}.")
     entry = COMMANDS[name]
     command = getattr(importlib.import_module(f"ebm_defense.commands.{entry.module}"), entry.cls)
-    try:
-        status: int = parse(command, name, rest).run()
-    except RuntimeError as error:
-        from ebm_defense.learning.energy import DivergedError
-
-        if isinstance(error, DivergedError):
-            return _say(error, 1)
-        raise
+    status: int = parse(command, name, rest).run()
     return status
 
 
@@ -97,7 +117,7 @@ def parse(command: type[Any], name: str, rest: list[str]) -> Any:
     import tyro
 
     rest, file = _take_config(rest)
-    default = _from_file(command, file) if file else None
+    default = from_file(command, file) if file else None
     return tyro.cli(
         command,
         prog=f"ebm-defense {name}",
@@ -118,7 +138,12 @@ def _take_config(rest: list[str]) -> tuple[list[str], str | None]:
     return rest, None
 
 
-def _from_file(command: type[Any], path: str) -> Any:
+def from_file(command: type[Any], path: str) -> Any:
+    """Build a command from a TOML file of its options.
+
+    Raises:
+        UsageError: the file cannot be read, or holds what is no option.
+    """
     import tomllib
     from pathlib import Path
 

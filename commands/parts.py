@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -25,7 +26,11 @@ def resolve_device(device: Device) -> torch.device:
     present = torch.cuda.is_available()
     if device == "cuda" and not present:
         raise UsageError("CUDA was asked for, but torch sees no GPU here; use --device cpu.")
-    return torch.device("cuda" if device != "cpu" and present else "cpu")
+    if device == "cpu" or not present:
+        return torch.device("cpu")
+    # torchrun starts a process a GPU and numbers them.
+    own = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda") if own is None else torch.device("cuda", int(own))
 
 
 def put_on(module: M, device: torch.device) -> M:
@@ -75,10 +80,10 @@ def make_purifier(spec: str, steps: int | None = None) -> Purifier:
     return baseline(spec)
 
 
-def write_settings(folder: Path, command: Any) -> None:
-    """Write a command's options as settings.toml, which --config takes again."""
+def write_settings(folder: Path, command: Any, name: str = "settings.toml") -> None:
+    """Write a command's options as a TOML file, which --config takes again."""
     values = {k: _plain(v) for k, v in dataclasses.asdict(command).items() if v is not None}
-    write_text(folder / "settings.toml", tomli_w.dumps(values))
+    write_text(folder / name, tomli_w.dumps(values))
 
 
 def _plain(value: Any) -> Any:

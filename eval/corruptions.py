@@ -21,8 +21,9 @@ from ebm_defense.attacks.hearing import refuse_nan
 from ebm_defense.data import Images
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
+from ebm_defense.eval.folder import Done, RunFolder, Shelf
 from ebm_defense.eval.probe import probe
-from ebm_defense.eval.records import RunFolder, purifier_settings
+from ebm_defense.eval.records import purifier_settings
 from ebm_defense.eval.statistics import CONFIDENCE, share
 from ebm_defense.eval.verdict import Stream, draw_logits
 from ebm_defense.eval.wording import describe_purifier
@@ -165,16 +166,26 @@ def evaluate_corruptions(
         },
         "data": {"images": len(images), "sha256": digest([images, labels])},
     }
-    folder = None if out is None else RunFolder(out, settings)
     cells = [(name, severity) for name in names for severity in severities]
     if make is None:
         cells, make = [(CLEAN, 0), *cells], _maker(images, labels, seed)
     measured = partial(_measure, defense, make, draws=draws, seed=seed)
-    records = pd.concat(_kept(cells, measured, folder), ignore_index=True)
-    report = CorruptionReport(records=records, caption=_caption(settings))
-    if folder:
+    if out is None:
+        return _report(cells, measured, Shelf(), settings)
+    with RunFolder(out, settings, {"images": images, "labels": labels}).claimed() as folder:
+        report = _report(cells, measured, folder, settings)
         report.save(folder.path)
     return report
+
+
+def _report(
+    cells: list[tuple[str, int]],
+    measured: Callable[[tuple[str, int]], pd.DataFrame],
+    folder: RunFolder | Shelf,
+    settings: dict[str, Any],
+) -> CorruptionReport:
+    records = pd.concat(_kept(cells, measured, folder), ignore_index=True)
+    return CorruptionReport(records=records, caption=_caption(settings))
 
 
 def _maker(images: Tensor, labels: Tensor, seed: int) -> Make:
@@ -189,17 +200,16 @@ def _maker(images: Tensor, labels: Tensor, seed: int) -> Make:
 def _kept(
     cells: list[tuple[str, int]],
     measured: Callable[[tuple[str, int]], pd.DataFrame],
-    folder: RunFolder | None,
+    folder: RunFolder | Shelf,
 ) -> list[pd.DataFrame]:
     """Measure each corruption and severity, keeping and reusing what is in the folder."""
     parts = []
     for number, cell in enumerate(tqdm(cells, unit="cell", disable=None)):
-        kept = folder.load_shard(number) if folder else None
+        kept = folder.load(number)
         if kept is None:
-            kept = measured(cell), {}
-            if folder:
-                folder.save_shard(number, kept)
-        parts.append(kept[0].assign(corruption=cell[0]))  # a CSV's "none" is read as NaN
+            kept = Done((measured(cell), {}), {})
+            folder.save(number, kept)
+        parts.append(kept.shard[0].assign(corruption=cell[0]))  # a CSV's "none" is read as NaN
     return parts
 
 

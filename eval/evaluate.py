@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,11 +11,13 @@ from torch import Tensor
 from ebm_defense.attacks.base import Attack
 from ebm_defense.defense import as_defense
 from ebm_defense.errors import UsageError
+from ebm_defense.eval.folder import RunFolder, Shelf
 from ebm_defense.eval.probe import probe
 from ebm_defense.eval.protocol import Protocol, get_protocol
-from ebm_defense.eval.records import RunFolder, settings_of
-from ebm_defense.eval.report import Report
+from ebm_defense.eval.records import settings_of
+from ebm_defense.eval.report import Report, report_of
 from ebm_defense.eval.runner import Job, run
+from ebm_defense.eval.workers import ALONE, Workers
 from ebm_defense.images import check_images, check_labels
 
 DEFAULT_PROTOCOL = "quick"
@@ -33,6 +34,7 @@ def evaluate(
     judge_replicates: int | None = None,
     seed: int = 0,
     out: str | Path | None = None,
+    workers: Workers = ALONE,
 ) -> Report:
     """Measure natural and robust accuracy of a model, judged on fresh random draws.
 
@@ -46,13 +48,15 @@ def evaluate(
             none).
         seed: seed of every stream; the same command draws the same noise.
         out: a run folder; a run cut short goes on from its last finished shard of 32 images.
+        workers: which shards this process does, and who shares `out` with it.
 
     Returns:
         The report: tables, per-image records, adversarial images.
 
     Raises:
         UsageError: images outside [0, 1] or NaN, labels or shapes the model cannot take, a
-            setting out of range, a folder that cannot be written or holds another run.
+            setting out of range, a folder that cannot be written, is in use or holds another run.
+        LostWorkerError: another process of this run died.
     """
     chosen = _protocol(protocol, attacks, judge_replicates)
     check_images(images)
@@ -63,20 +67,18 @@ def evaluate(
     probe(defense, images, labels)
     job = Job(defense=defense, images=images, labels=labels, protocol=chosen, seed=seed)
     settings = settings_of(defense, images, labels, chosen, seed)
-    folder = None if out is None else RunFolder(out, settings)
-    begun = time.perf_counter()
-    (records, adversarial), meter = run(job, folder)
-    report = Report(
-        settings=settings,
-        protocol=chosen,
-        records=records,
-        adversarial=adversarial,
-        chain_steps=meter.steps,
-        seconds=meter.seconds | {"all": time.perf_counter() - begun},
-    )
-    if folder is not None:
-        folder.finish((records, adversarial), {"seconds": report.seconds, "steps": meter.steps})
-        report.save(folder.path)
+    if workers.parts > 1:
+        settings["shard"] = f"{workers.part}/{workers.parts}"
+    if out is None:
+        return report_of(run(job, Shelf(), workers), settings, chosen, images)
+    with RunFolder(
+        out, settings, {"images": images, "labels": labels}, workers
+    ).claimed() as folder:
+        done = run(job, folder, workers)
+        report = report_of(done, settings, chosen, images)
+        if workers.leads:
+            report.save(folder.path)
+            folder.finish(*done)
     return report
 
 

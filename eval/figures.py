@@ -71,7 +71,7 @@ def draw_strip(
     for (name, images), line in zip(rows, axes, strict=True):
         verdicts = None if classify is None else _verdicts(classify, images)
         for i, axis in enumerate(line):
-            axis.imshow(_pixels(images[i]), cmap="gray", vmin=0, vmax=1)
+            axis.imshow(pixels(images[i]), cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
             if verdicts is not None:
                 right = None if labels is None else bool(verdicts[i] == labels[i])
@@ -88,7 +88,8 @@ def _verdicts(classify: Callable[[Tensor], Tensor], images: Tensor) -> list[int]
         return [int(v) for v in classify(images).argmax(-1)]
 
 
-def _pixels(image: Tensor) -> np.ndarray[Any, Any]:
+def pixels(image: Tensor) -> np.ndarray[Any, Any]:
+    """Return an image `[C, H, W]` as pixels `[H, W]` or `[H, W, 3]`, clipped to [0, 1]."""
     shown = image.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
     return shown[..., 0] if shown.shape[-1] == 1 else shown[..., :3]
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from ebm_defense.attacks.base import Attack
+from ebm_defense.eval.folder import Done
 from ebm_defense.eval.protocol import Protocol
 from ebm_defense.eval.runner import attack_column
 from ebm_defense.eval.statistics import CONFIDENCE, Share, share
@@ -26,15 +28,19 @@ class Report:
         protocol: what was run.
         records: one row an image.
         adversarial: by attack, the images that broke the defense or were proposed last.
-        chain_steps, seconds: cost by phase, of this process alone.
+        originals: the images as they were, in the order of the records.
+        chain_steps, seconds: cost by phase, of all processes together.
+        name: stands for the defense in comparisons.
     """
 
     settings: dict[str, Any]
     protocol: Protocol
     records: pd.DataFrame
     adversarial: dict[str, Tensor]
-    chain_steps: dict[str, int] = field(default_factory=dict)
+    originals: Tensor
+    chain_steps: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    name: str = "defended"
 
     def share(self, column: str) -> Share:
         """Return the share of images with 1 in a column of the records, with its interval."""
@@ -79,8 +85,9 @@ class Report:
         """Return everything the numbers depend on, in sentences."""
         attacks = " ".join(describe_attack(a) for a in self.protocol.attacks)
         purifier = describe_purifier(self.settings["defense"]["purifier"])
+        shard = f"Shard {self.settings['shard']} alone. " if "shard" in self.settings else ""
         return (
-            f"Protocol {self.protocol.name}: {attacks} "
+            f"{shard}Protocol {self.protocol.name}: {attacks} "
             f"Judged on {self.protocol.judge_replicates} fresh replicates. "
             f"Purifier: {purifier}. {len(self.records)} images, "
             f"{CONFIDENCE:.0%} Wilson intervals, seed {self.settings['seed']}."
@@ -88,16 +95,16 @@ class Report:
 
     def to_text(self) -> str:
         """Return the table and its caption for a terminal."""
-        return f"{self._printable().to_string(index=False)}\n\n{self.caption()}\n"
+        return f"{self.printable().to_string(index=False)}\n\n{self.caption()}\n"
 
     def to_markdown(self) -> str:
         """Return the table and its caption as Markdown."""
-        table = self._printable().to_markdown(index=False, disable_numparse=True)
+        table = self.printable().to_markdown(index=False, disable_numparse=True)
         return f"{table}\n\n{self.caption()}\n"
 
     def to_latex(self) -> str:
         """Return the table as LaTeX with booktabs, its caption included."""
-        style = self._printable(r"\%").style.hide(axis="index").format(escape="latex")
+        style = self.printable(r"\%").style.hide(axis="index").format(escape="latex")
         caption = self.caption().replace("%", r"\%").replace("_", r"\_")
         latex: str = style.to_latex(hrules=True, caption=caption, position_float="centering")
         return latex
@@ -115,7 +122,8 @@ class Report:
         write_text(path / "table.csv", self.to_csv())
         return path
 
-    def _printable(self, percent: str = "%") -> pd.DataFrame:
+    def printable(self, percent: str = "%") -> pd.DataFrame:
+        """Return the table as it is printed, rounded."""
         table = self.table()
         interval = [
             f"{100 * low:.1f} to {100 * high:.1f}"
@@ -130,6 +138,23 @@ class Report:
                 "images": table["images"],
             }
         )
+
+
+def report_of(
+    done: Done, settings: dict[str, Any], protocol: Protocol, images: Tensor, name: str = "defended"
+) -> Report:
+    """Return the report of finished shards, on some or all of the run's `images`."""
+    records, adversarial = done.shard
+    return Report(
+        settings=settings,
+        protocol=protocol,
+        records=records,
+        adversarial=adversarial,
+        originals=images[torch.tensor(records["image"].to_numpy(copy=True))].cpu(),
+        chain_steps=done.costs["steps"],
+        seconds=done.costs["seconds"],
+        name=name,
+    )
 
 
 def attack_title(attack: Attack) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import pandas as pd
@@ -15,9 +16,12 @@ from tqdm import tqdm
 from ebm_defense.attacks.base import Attack, Proposal, attack_replicates
 from ebm_defense.attacks.hearing import refuse_nan
 from ebm_defense.attacks.threat import ThreatModel
-from ebm_defense.defense import PurifiedClassifier, as_defense
+from ebm_defense.defense import PurifiedClassifier
+from ebm_defense.errors import UsageError
+from ebm_defense.eval.folder import Costs, Done, RunFolder, Shelf, total
+from ebm_defense.eval.memory import chains_restored, within_memory
 from ebm_defense.eval.protocol import Protocol
-from ebm_defense.eval.records import RunFolder, Shard, join
+from ebm_defense.eval.records import Shard, join
 from ebm_defense.eval.verdict import (
     Judge,
     Stream,
@@ -25,6 +29,7 @@ from ebm_defense.eval.verdict import (
     draw_logits,
     uncounted,
 )
+from ebm_defense.eval.workers import ALONE, Workers
 from ebm_defense.noise import derive_seed
 from ebm_defense.purifiers import NoPurifier
 
@@ -66,14 +71,20 @@ class Meter:
         self.steps[self.phase] = self.steps.get(self.phase, 0) + steps
         self.bar.update(steps)
 
+    def take(self) -> Costs:
+        """End the phase, and return and forget what was counted since the last time."""
+        self.enter("")
+        costs: Costs = {"steps": dict(self.steps), "seconds": self.seconds}
+        self.steps, self.seconds = {}, {}
+        return costs
+
     def settle(self, planned: int) -> None:
         """Correct the total once a shard is done: broken images cost less than planned."""
         self.bar.total = self.bar.n + planned
         self.bar.refresh()
 
     def close(self) -> None:
-        """End the last phase and the bar."""
-        self.enter("")
+        """End the bar."""
         self.bar.close()
 
 
@@ -96,7 +107,8 @@ class Job:
         """The undefended classifier beside a defended one; None where nothing is defended."""
         if isinstance(self.defense.purifier, NoPurifier):
             return None
-        return as_defense(self.defense.undefended)
+        chains = self.defense.max_chains
+        return PurifiedClassifier(self.defense.undefended, NoPurifier(), 1, max_chains=chains)
 
 
 def planned_steps(job: Job) -> int:
@@ -108,23 +120,50 @@ def planned_steps(job: Job) -> int:
     return clean + sum(a.chain_steps(job.defense) for a in protocol.attacks)
 
 
-def run(job: Job, folder: RunFolder | None, show: bool | None = None) -> tuple[Shard, Meter]:
-    """Run a job shard by shard, keeping and reusing shards in `folder`."""
-    each, count = planned_steps(job), len(job.labels)
-    meter = Meter(total=each * count, show=show)
-    shards: list[Shard] = []
+def run(
+    job: Job, shelf: Shelf | RunFolder, workers: Workers = ALONE, show: bool | None = None
+) -> Done:
+    """Run this process's shards of a job, and return all that the shelf then holds.
+
+    Shards that are finished already are checked first, before any long work, and used.
+    """
+    starts = workers.in_folder(range(0, len(job.labels), SHARD))
+    for start in starts:
+        shelf.load(start)
+    todo = [s for s in workers.of_rank(starts) if shelf.load(s) is None]
+    with chains_restored(job.defense):
+        _run_shards(job, todo, shelf, show if workers.leads else False)
+    shelf.wait(starts, workers)
+    finished = [done for start in starts if (done := shelf.load(start)) is not None]
+    return gather(finished)
+
+
+def gather(finished: Sequence[Done]) -> Done:
+    """Join finished shards, in the order given.
+
+    Raises:
+        UsageError: there are none.
+    """
+    if not finished:
+        raise UsageError("no images are left for this shard; split the run into fewer.")
+    return Done(join([done.shard for done in finished]), total(done.costs for done in finished))
+
+
+def _run_shards(job: Job, todo: Sequence[int], shelf: Shelf | RunFolder, show: bool | None) -> None:
+    each = planned_steps(job)
+    parts = [range(start, min(start + SHARD, len(job.labels))) for start in todo]
+    meter = Meter(total=each * sum(map(len, parts)), show=show)
     try:
-        for start in range(0, count, SHARD):
-            shard = folder.load_shard(start) if folder else None
-            if shard is None:
-                shard = run_shard(job, range(start, min(start + SHARD, count)), meter)
-                if folder:
-                    folder.save_shard(start, shard)
-            shards.append(shard)
-            meter.settle(each * (count - min(start + SHARD, count)))
+        for number, ids in enumerate(parts):
+            shelf.save(ids.start, within_memory(job.defense, partial(_counted, job, ids, meter)))
+            meter.settle(each * sum(map(len, parts[number + 1 :])))
     finally:
         meter.close()
-    return join(shards), meter
+
+
+def _counted(job: Job, ids: range, meter: Meter) -> Done:
+    meter.take()  # what a try that ran out of memory has cost is no cost of the shard
+    return Done(run_shard(job, ids, meter), meter.take())
 
 
 class Part(NamedTuple):

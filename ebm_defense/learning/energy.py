@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ebm_defense.errors import UsageError
+from ebm_defense.errors import FailedRunError, UsageError
 from ebm_defense.files import load_plain, save_state
 from ebm_defense.langevin import LangevinSettings, Trace, run_chain
 from ebm_defense.learning.bank import Start, noisy_data, visit
@@ -21,7 +21,7 @@ PIXEL_LIMIT = 6.0
 ENERGY_LIMIT = 1e4
 
 
-class DivergedError(RuntimeError):
+class DivergedError(FailedRunError):
     """Learning has run away; the message says how far it came."""
 
 

@@ -18,14 +18,23 @@ def test_help_lists_every_command(run) -> None:
     assert all(name in out for name in COMMANDS)
 
 
+POSITIONAL: dict[str, set[str]] = {
+    "checkpoints": {"action", "name"},
+    "purify": {"images"},
+    "merge": {"runs"},
+    "compare": {"runs"},
+    "verify": {"folder"},
+    "report": {"folder"},
+}
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_for_every_field(run, name: str) -> None:
     status, out, _ = run(name, "--help")
     assert status == 0
     entry = COMMANDS[name]
     command = getattr(importlib.import_module(f"ebm_defense.commands.{entry.module}"), entry.cls)
-    positional = {"action", "name", "images"} if name in ("checkpoints", "purify") else set()
-    for field in set(command.__dataclass_fields__) - positional:
+    for field in set(command.__dataclass_fields__) - POSITIONAL.get(name, set()):
         assert f"--{field.replace('_', '-')}" in out
 
 

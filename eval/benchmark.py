@@ -1,0 +1,82 @@
+"""One call from a model to its accuracies, in the manner of RobustBench."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ebm_defense.data import dataset as known_dataset
+from ebm_defense.data import load_data
+from ebm_defense.eval.evaluate import evaluate
+from ebm_defense.eval.protocol import get_protocol
+from ebm_defense.eval.report import Report
+from ebm_defense.eval.runner import attack_column
+
+
+class Benchmark(NamedTuple):
+    """What `benchmark` found.
+
+    Attributes:
+        clean: share of images right by the mean of fresh draws.
+        robust: share of images that stand under every attack.
+        report: all the rest.
+    """
+
+    clean: float
+    robust: float
+    report: Report
+
+
+def benchmark(
+    model: Callable[[Tensor], Tensor],
+    n_examples: int = 1000,
+    dataset: str = "cifar10",
+    threat_model: str = "Linf",
+    eps: float | None = None,
+    *,
+    protocol: str = "quick",
+    split: str = "test",
+    data_dir: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    out: str | Path | None = None,
+) -> Benchmark:
+    """Measure a model's clean and robust accuracy on a data set.
+
+    The call is RobustBench's (Croce et al. 2021), the judgement ours: random models are judged on
+    fresh draws.
+
+    Args:
+        model: any classifier of [0, 1] images, deterministic or random.
+        n_examples: how many images, a stratified sample.
+        dataset: a name in `ebm_defense.data.DATASETS`.
+        threat_model: "Linf" or "L2".
+        eps: in [0, 1] units; the data set's custom if not given.
+        protocol: a name in `PROTOCOLS`.
+        split: "train", "val" or "test".
+        data_dir: where the data lie.
+        device: where the images go; a module is moved there too.
+        seed: of every stream.
+        out: a run folder.
+
+    Raises:
+        UsageError: as `load_data`, `get_protocol` and `evaluate`.
+    """
+    size = known_dataset(dataset).eps if eps is None else eps
+    chosen = get_protocol(protocol, norm=threat_model, eps=size)
+    images, labels = load_data(dataset, split, n_examples, root=data_dir)
+    if isinstance(model, torch.nn.Module):
+        model = model.to(device)
+    report = evaluate(model, images.to(device), labels.to(device), chosen, seed=seed, out=out)
+    return Benchmark(report.share("clean").value, worst_case(report), report)
+
+
+def worst_case(report: Report) -> float:
+    """Return the share of images that stand under every attack of a run."""
+    attacks = enumerate(report.protocol.attacks)
+    columns = [f"{attack_column(i, attack)}: stands" for i, attack in attacks]
+    return float(report.records[columns].min(axis=1).mean())

@@ -1,0 +1,136 @@
+"""A run as one page of HTML that needs nothing but itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ebm_defense.errors import UsageError
+from ebm_defense.eval.folder import ENVIRONMENT, read_toml
+from ebm_defense.eval.page import data_uri, png, render
+from ebm_defense.eval.plots import draw_curve, inline_svg, step_canvas
+from ebm_defense.eval.report import Report, attack_title
+from ebm_defense.eval.runner import attack_column
+from ebm_defense.eval.statistics import Share
+
+BREAKS = 12
+FLAGS, STRIP = "flags.toml", "purification.png"
+
+
+def report_page(report: Report, folder: Path | None = None, strip: bytes | None = None) -> str:
+    """Return a run's page: tables, figures, flags, breaks, costs and every setting.
+
+    Args:
+        report: the run.
+        folder: its run folder, from which come the flags, the environment and the film strip.
+        strip: another film strip, a PNG file's content.
+
+    Raises:
+        UsageError: a file of the folder is damaged.
+    """
+    last = report.protocol.attacks[-1]
+    table = report.printable()
+    return render(
+        "report.html",
+        name=report.name,
+        protocol=report.protocol.name,
+        attack=attack_title(last),
+        natural=_percent(report.share("clean")),
+        robust=_percent(report.robust()),
+        head=list(table.columns),
+        rows=table.to_numpy().tolist(),
+        caption=report.caption(),
+        flags=_flags(folder),
+        curve=_curve(report),
+        strip=_strip(folder, strip),
+        breaks=list(confident_breaks(report)),
+        costs=_costs(report),
+        settings=[*_flat(report.settings), *_flat(_environment(folder), "environment")],
+    )
+
+
+def confident_breaks(report: Report, most: int = BREAKS) -> Iterator[dict[str, Any]]:
+    """Yield the images that the last attack broke, those with the fewest right draws first."""
+    name = attack_column(len(report.protocol.attacks) - 1, report.protocol.attacks[-1])
+    found = report.records[
+        (report.records["natural"] == 1) & (report.records[f"{name}: stands"] == 0)
+    ]
+    columns = ["image", "label", f"{name}: broken at", f"{name}: votes"]
+    ranked = found.sort_values(f"{name}: votes", kind="stable").head(most)
+    for row, (image, label, step, votes) in zip(
+        ranked.index, ranked[columns].to_numpy().tolist(), strict=True
+    ):
+        original, adversarial = report.originals[row], report.adversarial[name][row]
+        difference = adversarial - original
+        scale = 0.5 / max(float(difference.abs().max()), 1e-9)
+        yield {
+            "image": int(image),
+            "label": int(label),
+            "step": int(step),
+            "votes": f"{100 * votes:.0f}%",
+            "original": png(original),
+            "adversarial": png(adversarial),
+            "difference": png(0.5 + scale * difference),
+            "scale": f"{scale:.1f}",
+        }
+
+
+def _percent(found: Share) -> str:
+    return f"{100 * found.value:.1f}% ({100 * found.low:.1f} to {100 * found.high:.1f})"
+
+
+def _flags(folder: Path | None) -> list[dict[str, Any]] | None:
+    """Return the run's flags: name, raised, evidence, advice; None if it has no such file."""
+    if folder is None or not (folder / FLAGS).is_file():
+        return None
+    tables = [v for v in read_toml(folder / FLAGS).values() if isinstance(v, list)]
+    blank = {"name": "", "raised": False, "evidence": "", "advice": ""}
+    try:
+        return [blank | dict(flag) for table in tables for flag in table]
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{folder / FLAGS} is damaged; it must hold a list of tables.") from error
+
+
+def _curve(report: Report) -> str | None:
+    shown = [i for i, attack in enumerate(report.protocol.attacks) if attack.looks > 1]
+    if not shown:
+        return None
+    figure, axis = step_canvas()
+    for colour, number in enumerate(shown):
+        title = attack_title(report.protocol.attacks[number])
+        draw_curve(axis, report, colour, number, title)
+    axis.legend(fontsize=8, frameon=False)  # a frame would stay white on a dark page
+    return inline_svg(figure)
+
+
+def _strip(folder: Path | None, strip: bytes | None) -> str | None:
+    file = None if folder is None else folder / STRIP
+    if strip is None and file is not None and file.is_file():
+        strip = file.read_bytes()
+    return None if strip is None else data_uri(strip, "image/png")
+
+
+def _costs(report: Report) -> Sequence[tuple[str, str, str]]:
+    phases = {**report.chain_steps, **report.seconds}
+    return [
+        (p, f"{report.chain_steps.get(p, 0):,.0f}", f"{report.seconds.get(p, 0.0):,.1f}")
+        for p in phases
+    ]
+
+
+def _environment(folder: Path | None) -> dict[str, Any]:
+    file = None if folder is None else folder / ENVIRONMENT
+    return read_toml(file) if file is not None and file.is_file() else {}
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield nested settings by their dotted names."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list) and any(isinstance(v, dict | list) for v in value):
+        for i, inner in enumerate(value):
+            yield from _flat(inner, f"{path}[{i}]")
+    else:
+        yield path, str(value)

@@ -1,0 +1,40 @@
+"""One call from a model to its accuracies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ebm_defense import UsageError, load_data
+from ebm_defense.eval import benchmark, load_run
+from ebm_defense.eval.benchmark import worst_case
+
+
+def centroids(x):
+    """A linear classifier of the digits: the nearest class mean."""
+    images, labels = load_data("digits", split="train")
+    means = torch.stack([images[labels == c].mean(0) for c in range(10)]).flatten(1)
+    return x.flatten(1) @ means.T - means.square().sum(1) / 2
+
+
+def test_a_function_is_benchmarked_in_one_call(tmp_path):
+    clean, robust, report = benchmark(centroids, 20, "digits", eps=0.1, out=tmp_path / "run")
+    images, labels = load_data("digits", split="test", limit=20)
+    assert clean == pytest.approx(float((centroids(images).argmax(1) == labels).double().mean()))
+    assert 0.0 < robust < clean
+    assert robust == report.robust().value
+    assert report.protocol.attacks[0].threat.eps == 0.1
+    assert load_run(tmp_path / "run").robust() == report.robust()
+
+
+def test_the_worst_case_needs_an_image_to_stand_under_every_attack():
+    report = benchmark(centroids, 10, "digits", eps=0.1, protocol="hill2021").report
+    records = report.records
+    first, second = [c for c in records if c.endswith(": stands")]
+    records[first], records[second] = [1] * 6 + [0] * 4, [0] * 3 + [1] * 7
+    assert worst_case(report) == 0.3
+
+
+def test_an_unknown_data_set_is_refused():
+    with pytest.raises(UsageError, match="unknown data set"):
+        benchmark(centroids, 10, "nowhere")

@@ -1,0 +1,220 @@
+"""Runs side by side: which image pairs with which, what is bold, what is drawn."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ebm_defense import UsageError
+from ebm_defense.attacks import PGD, ThreatModel
+from ebm_defense.eval import Protocol, Report, compare
+from ebm_defense.eval.compare import escape_latex
+from ebm_defense.eval.paired import mcnemar, unpaired
+from ebm_defense.eval.plots import FIGURES, draw_figures, prediction_cost
+
+COUNT = 40
+
+
+def made(name: str, clean: int, robust: int, *, eps=0.1, steps=10, chain=50, data="a", seed=0):
+    """A report of so many right images, without running anything."""
+    attack = PGD(threat=ThreatModel(eps=eps), steps=steps, step_size=eps / 4, replicates=2)
+    column = f"0 {attack.name}"
+    right = [int(i < clean) for i in range(COUNT)]
+    stands = [int(i < robust) for i in range(COUNT)]
+    records = {
+        "image": range(COUNT),
+        "label": 0,
+        "clean": right,
+        "natural": right,
+        f"{column}: stands": stands,
+        f"{column}: broken at": [-1 if s else i % (steps + 1) for i, s in enumerate(stands)],
+        f"{column}: votes": 0.25,
+    }
+    purifier = {"kind": "LangevinPurifier", "steps": chain, "step_size": 0.1, "temperature": 0.1}
+    return Report(
+        settings={
+            "seed": seed,
+            "protocol": {"attacks": [{"eps": eps, "step_size": eps / 4, "steps": steps}]},
+            "defense": {"replicates": 16, "purifier": purifier | {"precision": "fp32"}},
+            "data": {"sha256": data, "images": COUNT},
+        },
+        protocol=Protocol(name="quick", attacks=(attack,), judge_replicates=8),
+        records=pd.DataFrame(records),
+        adversarial={column: torch.zeros(COUNT, 1, 4, 4)},
+        originals=torch.zeros(COUNT, 1, 4, 4),
+        chain_steps={"clean": COUNT * chain * 8, attack.name: COUNT * chain * 20},
+        name=name,
+    )
+
+
+# The tests behind the bold print.
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
+def test_mcnemar_is_the_sign_test_of_the_images_that_changed(pairs):
+    first, second = zip(*pairs, strict=True)
+    ups, downs = (sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs))
+    n, k = ups + downs, min(ups, downs)
+    tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
+    assert mcnemar(first, second) == pytest.approx(min(1.0, 2 * tail))
+
+
+def test_the_unpaired_test_is_fishers():
+    # Fisher's tea: three of four right, one of four wrong.
+    assert unpaired([1, 1, 1, 0], [1, 0, 0, 0]) == pytest.approx(34 / 70)
+
+
+def test_bold_needs_every_other_row_beaten_beyond_doubt():
+    strong, near, weak = made("strong", 36, 30), made("near", 36, 28), made("weak", 36, 5)
+    sure, unsure = compare([weak, strong]), compare([weak, near, strong])
+    assert sure.best(sure.columns[1]) == 1
+    assert unsure.best(unsure.columns[1]) is None
+    assert sure.best(sure.columns[0]) is None  # clean accuracies are alike
+    assert compare([strong]).best(compare([strong]).columns[1]) is None
+
+
+def test_bold_is_corrected_for_the_number_of_comparisons():
+    # Six changes all one way: p = 2/64 = 0.031, enough for one comparison and not for two.
+    top, second, third = made("top", 40, 26), made("second", 40, 20), made("third", 40, 20)
+    assert mcnemar(*(r.records["0 PGD-10: stands"] for r in (top, second))) == pytest.approx(1 / 32)
+    pair, trio = compare([top, second]), compare([top, second, third])
+    assert pair.best(pair.columns[1]) == 0
+    assert trio.best(trio.columns[1]) is None
+
+
+def test_different_images_are_compared_unpaired_and_it_says_so():
+    one, other = made("one", 36, 26, data="a"), made("other", 36, 20, data="b")
+    found = compare([one, other])
+    stands = [r.records["0 PGD-10: stands"] for r in (one, other)]
+    assert found.p_value(found.columns[1], 0, 1) == unpaired(*stands) != mcnemar(*stands)
+    assert "unpaired" in found.footnote()
+    assert "unpaired" not in compare([one, made("twin", 36, 20)]).footnote()
+
+
+# The table.
+
+
+def test_attacks_of_other_settings_have_columns_of_their_own():
+    found = compare([made("a", 36, 20, eps=0.1), made("b", 36, 20, eps=0.3)])
+    assert [c.title for c in found.columns] == [
+        "clean",
+        "PGD-10 (BPDA+EOT) [1]",
+        "PGD-10 (BPDA+EOT) [2]",
+    ]
+    assert found.share(0, found.columns[2]) is None
+    assert "Linf 0.1" in found.columns[1].note
+    assert "Linf 0.3" in found.columns[2].note
+    assert [len(set(c.outcomes)) for c in found.columns] == [2, 1, 1]
+    assert "–" in found.to_text()
+
+
+def test_a_sweep_keeps_one_column_an_attack():
+    points = [
+        made(f"eps={e}, steps={s}", 36, 20, eps=e, steps=s) for e in (0.1, 0.2) for s in (2, 5)
+    ]
+    found = compare(points, heading="settings", sweep=True)
+    assert [c.title for c in found.columns] == ["clean", "PGD (BPDA+EOT)"]
+    assert len(found.columns[1].outcomes) == 4
+
+
+SAID = ("Linf 0.1", "10 steps", "2 replicates", "8 fresh", "50 Langevin", "40 images", "seed 0")
+
+
+@pytest.mark.parametrize("form", ["to_text", "to_markdown", "to_latex", "to_html"])
+def test_every_form_says_all_that_its_numbers_depend_on(form):
+    printed = getattr(compare([made("weak_one", 36, 5), made("<strong>", 36, 30)]), form)()
+    assert not [text for text in SAID if text not in printed]
+    assert "75.0" in printed
+    assert "59.8 to 85.8" in printed  # Wilson's interval of 30 of 40
+    assert "1,400" in printed  # chain-steps an image: 50 × (8 + 20)
+
+
+def test_the_best_is_marked_in_every_form():
+    found = compare([made("weak", 36, 5), made("strong", 36, 30)])
+    assert "*75.0* (" in found.to_text()
+    assert "**75.0** (" in found.to_markdown()
+    assert r"\textbf{75.0} (" in found.to_latex()
+    assert "<b>75.0</b> (" in found.to_html()
+    assert "12.5 (" in found.to_markdown()
+    table = pd.read_csv(io.StringIO(found.to_csv()))
+    assert table.loc[table["best"], "accuracy"].tolist() == [0.75]
+
+
+def test_names_cannot_break_the_table():
+    nasty = made("a_b & 5% <script>", 36, 5)
+    assert "<script>" not in compare([nasty]).to_html()
+    assert r"a\_b \& 5\%" in compare([nasty]).to_latex()
+    assert escape_latex("\\^~{}") == r"\textbackslash{}\textasciicircum{}\textasciitilde{}\{\}"
+
+
+def test_latex_has_booktabs_rules_and_as_many_cells_as_columns():
+    latex = compare([made("a", 36, 5), made("b", 36, 30)]).to_latex()
+    for rule in (r"\toprule", r"\midrule", r"\bottomrule"):
+        assert latex.count(rule) == 1
+    assert r"\begin{tabular}{lccr}" in latex
+    rows = [line for line in latex.splitlines() if line.endswith(r"\\")]
+    assert [row.count(" & ") for row in rows] == [3, 3, 3]
+
+
+def test_two_runs_of_one_name_are_refused():
+    with pytest.raises(UsageError, match="called a"):
+        compare([made("a", 3, 2), made("a", 3, 2)])
+    with pytest.raises(UsageError, match="at least one"):
+        compare([])
+
+
+# The figures.
+
+
+def drawn(reports) -> set[str]:
+    return {name for name, draw in FIGURES.items() if draw(reports) is not None}
+
+
+def test_a_figure_is_drawn_where_there_are_data_for_it():
+    base = {"accuracy-over-steps", "robust-against-natural", "robust-against-cost"}
+    one = made("a", 36, 20)
+    assert drawn([one]) == {"accuracy-over-steps"}
+    assert drawn([one, made("b", 36, 10, seed=1)]) == base
+    assert drawn([one, made("b", 36, 10, eps=0.2)]) == base | {"accuracy-over-eps"}
+    assert drawn([one, made("b", 36, 10, chain=9)]) == base | {"accuracy-over-langevin-steps"}
+    assert drawn([one, made("b", 36, 10, chain=9, eps=0.2)]) == base
+
+
+def test_a_line_over_eps_holds_the_runs_accuracies():
+    reports = [made("b", 36, 10, eps=0.2), made("a", 36, 20, eps=0.1), made("z", 36, 0, seed=4)]
+    figure = FIGURES["accuracy-over-eps"](reports)
+    (line,) = [c.lines[0] for c in figure.axes[0].containers]
+    np.testing.assert_allclose(line.get_xydata(), [[0.1, 50.0], [0.2, 25.0]])
+
+
+def test_a_prediction_costs_its_chain_times_its_replicates():
+    report = made("a", 36, 20)
+    assert prediction_cost(report) == 50 * 16
+    settings = copy.deepcopy(report.settings)
+    del settings["defense"]["purifier"]["steps"]
+    assert prediction_cost(dataclasses.replace(report, settings=settings)) == 0
+
+
+def test_everything_is_saved_and_the_same_runs_give_the_same_files(tmp_path):
+    reports = [made("a", 36, 20), made("b", 36, 10, eps=0.2)]
+    for name in ("one", "two"):
+        compare(reports).save(tmp_path / name)
+    names = {p.name for p in (tmp_path / "one").iterdir()}
+    assert {f"comparison.{s}" for s in ("txt", "md", "tex", "csv", "html")} <= names
+    assert {f"accuracy-over-eps.{s}" for s in ("png", "pdf", "svg")} <= names
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_figures_of_one_run(tmp_path):
+    files = draw_figures([made("a", 36, 20)], tmp_path)
+    assert [f.name for f in files] == [f"accuracy-over-steps.{s}" for s in ("png", "pdf", "svg")]
