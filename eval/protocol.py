@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ebm_defense.attacks import PGD, Attack, ThreatModel, Transfer
 from ebm_defense.errors import UsageError
+from ebm_defense.eval.rules import OneStage, Rule, TwoStage
+from ebm_defense.eval.sequential import Sequential
 
 PUBLISHED_EPS = 8 / 255
 STEPS_ACROSS_EPS = 4  # the published step is 2/255 at eps 8/255
@@ -21,18 +23,27 @@ class Protocol:
     Attributes:
         name: stands in every table.
         attacks: each is judged on its own row.
-        judge_replicates: fresh draws H of a verification, and of clean accuracy.
+        judge_replicates: fresh draws H of a verification, at most, and of clean accuracy.
+        verdict: the rule by which draws become a verdict.
     """
 
     name: str
     attacks: tuple[Attack, ...]
     judge_replicates: int
+    verdict: Rule = field(default_factory=TwoStage)
 
     def __post_init__(self) -> None:
         if self.judge_replicates < 1:
             raise UsageError(f"judge replicates must be at least 1, not {self.judge_replicates}.")
         if not self.attacks:
             raise UsageError("a protocol needs at least one attack.")
+
+
+VERDICTS: dict[str, Callable[..., Rule]] = {
+    "two-stage": TwoStage,
+    "one-stage": OneStage,
+    "sequential": Sequential,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

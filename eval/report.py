@@ -10,11 +10,17 @@ import pandas as pd
 from torch import Tensor
 
 from ebm_defense.attacks.base import Attack
+from ebm_defense.eval.definitions import definition_table
 from ebm_defense.eval.protocol import Protocol
 from ebm_defense.eval.runner import attack_column
 from ebm_defense.eval.statistics import CONFIDENCE, Share, share
-from ebm_defense.eval.wording import describe_attack, describe_purifier
+from ebm_defense.eval.wording import describe_attack, describe_purifier, describe_verdict
 from ebm_defense.files import writable_folder, write_text
+
+DEFINED_ON = (
+    "On fresh draws of the final images, independent of the attack's and the judge's; beside each "
+    "attack the clean baseline of the same definition."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +43,17 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def share(self, column: str) -> Share:
-        """Return the share of images with 1 in a column of the records, with its interval."""
-        return share(int(self.records[column].sum()), len(self.records))
+        """Return the share of images with 1 in a column of the records, with its interval.
+
+        Images that the judge's rule left undecided count both ways: the interval runs from where
+        all of them are broken to where all of them stand.
+        """
+        right, total = self.records[column], len(self.records)
+        doubt = self.records.get(f"{column.removesuffix(': stands')}: undecided", 0 * right)
+        found = share(int(right.sum()), total)
+        low = share(int((right * (1 - doubt)).sum()), total).low
+        high = share(int(right.where(doubt == 0, 1).sum()), total).high
+        return found._replace(low=low, high=high)
 
     def robust(self, attack: int = -1) -> Share:
         """Return robust accuracy under the protocol's attack of this number."""
@@ -48,6 +63,15 @@ class Report:
     def table(self) -> pd.DataFrame:
         """Return accuracies with their 95% intervals, a row for each model and attack."""
         return pd.DataFrame([_row(*line, self.share(line[-1])) for line in self._lines()])
+
+    def definitions(self) -> pd.DataFrame:
+        """Return accuracy by every definition in use, each beside its clean baseline.
+
+        From fresh draws of the final images, on streams that neither attack nor judge has seen.
+        """
+        named = enumerate(self.protocol.attacks)
+        final = {attack_column(i, a): attack_title(a) for i, a in named}
+        return definition_table(self.records, {"clean": "none"} | final)
 
     def curve(self, attack: int = -1) -> pd.Series:
         """Return robust accuracy after each attack step, the start being step 0."""
@@ -68,7 +92,7 @@ class Report:
         draws = self.protocol.judge_replicates
         lines += [
             ("defended", f"none (one stage of {draws} draws)", "clean"),
-            ("defended", "none (two-stage rule)", "natural"),
+            ("defended", f"none ({self.protocol.verdict.name} rule)", "natural"),
         ]
         for number, attack in enumerate(self.protocol.attacks):
             column = f"{attack_column(number, attack)}: stands"
@@ -81,55 +105,83 @@ class Report:
         purifier = describe_purifier(self.settings["defense"]["purifier"])
         return (
             f"Protocol {self.protocol.name}: {attacks} "
-            f"Judged on {self.protocol.judge_replicates} fresh replicates. "
+            f"{describe_verdict(self.protocol.verdict, self.protocol.judge_replicates)} "
             f"Purifier: {purifier}. {len(self.records)} images, "
             f"{CONFIDENCE:.0%} Wilson intervals, seed {self.settings['seed']}."
         )
 
     def to_text(self) -> str:
         """Return the table and its caption for a terminal."""
-        return f"{self._printable().to_string(index=False)}\n\n{self.caption()}\n"
+        tables = (self._printable(), self._printable_definitions())
+        shown = "\n\n".join(t.to_string(index=False) for t in tables)
+        return f"{shown}\n\n{self.caption()}\n"
 
     def to_markdown(self) -> str:
         """Return the table and its caption as Markdown."""
-        table = self._printable().to_markdown(index=False, disable_numparse=True)
-        return f"{table}\n\n{self.caption()}\n"
+        tables = (self._printable(), self._printable_definitions())
+        shown = "\n\n".join(t.to_markdown(index=False, disable_numparse=True) for t in tables)
+        return f"{shown}\n\n{self.caption()}\n"
 
     def to_latex(self) -> str:
-        """Return the table as LaTeX with booktabs, its caption included."""
-        style = self._printable(r"\%").style.hide(axis="index").format(escape="latex")
-        caption = self.caption().replace("%", r"\%").replace("_", r"\_")
-        latex: str = style.to_latex(hrules=True, caption=caption, position_float="centering")
-        return latex
+        """Return the tables as LaTeX with booktabs, their captions included."""
+        captions = (self.caption(), f"The same images by other definitions. {DEFINED_ON}")
+        tables = (self._printable(), self._printable_definitions())
+        return "\n".join(_latex(t, c) for t, c in zip(tables, captions, strict=True))
 
     def to_csv(self) -> str:
         """Return the table as CSV, with unrounded numbers."""
         return self.table().to_csv(index=False)
 
     def save(self, folder: str | Path) -> Path:
-        """Write table.txt, table.md, table.tex and table.csv into a folder and return it."""
+        """Write table.txt, .md, .tex and .csv and definitions.csv into a folder and return it."""
         path = writable_folder(folder)
         write_text(path / "table.txt", self.to_text())
         write_text(path / "table.md", self.to_markdown())
         write_text(path / "table.tex", self.to_latex())
         write_text(path / "table.csv", self.to_csv())
+        write_text(path / "definitions.csv", self.definitions().to_csv(index=False))
         return path
 
-    def _printable(self, percent: str = "%") -> pd.DataFrame:
+    def _printable_definitions(self) -> pd.DataFrame:
+        found = self.definitions()
+        cells = found.assign(
+            cell=[
+                f"{100 * value:.1f} ({ends})"
+                for value, ends in zip(found["accuracy"], _intervals(found), strict=True)
+            ],
+        )
+        wide = cells.pivot_table(
+            index="definition", columns="images of", values="cell", aggfunc="first", sort=False
+        )
+        return wide.rename_axis(columns=None).reset_index()
+
+    def _printable(self) -> pd.DataFrame:
         table = self.table()
-        interval = [
-            f"{100 * low:.1f} to {100 * high:.1f}"
-            for low, high in zip(table["low"], table["high"], strict=True)
-        ]
         return pd.DataFrame(
             {
                 "model": table["model"],
                 "attack": table["attack"],
-                f"accuracy {percent}": [f"{100 * v:.1f}" for v in table["accuracy"]],
-                f"95{percent} interval": interval,
+                "accuracy %": [f"{100 * v:.1f}" for v in table["accuracy"]],
+                "95% interval": _intervals(table),
                 "images": table["images"],
             }
         )
+
+
+def _intervals(table: pd.DataFrame) -> list[str]:
+    ends = zip(table["low"], table["high"], strict=True)
+    return [f"{100 * low:.1f} to {100 * high:.1f}" for low, high in ends]
+
+
+def _latex(table: pd.DataFrame, caption: str) -> str:
+    named = table.rename(columns=_escape)
+    style = named.style.hide(axis="index").format(escape="latex")
+    latex: str = style.to_latex(hrules=True, caption=_escape(caption), position_float="centering")
+    return latex
+
+
+def _escape(text: str) -> str:
+    return text.replace("%", r"\%").replace("_", r"\_")
 
 
 def attack_title(attack: Attack) -> str:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ebm_defense.attacks.base import Attack, Proposal, attack_replicates
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier, as_defense
+from ebm_defense.eval.definitions import definition_columns
 from ebm_defense.eval.protocol import Protocol
 from ebm_defense.eval.records import RunFolder, Shard, join
 from ebm_defense.eval.verdict import (
@@ -104,7 +105,8 @@ def planned_steps(job: Job) -> int:
     purifier, protocol = job.defense.purifier, job.protocol
     first = attack_replicates(protocol.attacks[-1].replicates, job.defense)
     judge = attack_replicates(protocol.judge_replicates, job.defense)
-    clean = (len(first) + len(judge)) * purifier.chain_steps
+    fresh = len(judge) * (1 + len(protocol.attacks))
+    clean = (len(first) + fresh) * purifier.chain_steps
     return clean + sum(a.chain_steps(job.defense) for a in protocol.attacks)
 
 
@@ -146,13 +148,15 @@ def run_shard(job: Job, ids: range, meter: Meter) -> Shard:
     meter.enter("clean")
     columns |= _clean(job, part, meter)
     natural = _natural(job, part, meter)
-    columns["natural"] = natural.int().tolist()
+    columns["natural"] = natural.stands.int().tolist()
+    columns["natural: undecided"] = natural.undecided.int().tolist()
     for number, attack in enumerate(job.protocol.attacks):
         meter.enter(attack.name)
         name = attack_column(number, attack)
         verdict = _attack(job, name, attack, part, natural, meter)
         size = attack.threat.size(verdict.images, part.images)
         columns |= _verdict_columns(name, verdict) | {f"{name}: size": size.tolist()}
+        columns |= _define(job, name, part._replace(images=verdict.images), meter)
         adversarial[name] = verdict.images
     return pd.DataFrame(columns), adversarial
 
@@ -183,23 +187,34 @@ def _clean(job: Job, part: Part, meter: Meter) -> Columns:
     refuse_nan(logits, part.ids)
     right = job.defense.combine(logits).argmax(-1) == part.labels
     votes = (logits.argmax(-1) == part.labels).float().mean(0)
-    return {"clean": right.int().tolist(), "clean_votes": votes.tolist()}
+    found: Columns = {"clean": right.int().tolist(), "clean_votes": votes.tolist()}
+    return found | definition_columns("clean", logits, part.labels)
 
 
-def _natural(job: Job, part: Part, meter: Meter) -> Tensor:
-    """Clean accuracy by the published two-stage rule, which looks again at failures alone."""
+def _define(job: Job, name: str, part: Part, meter: Meter) -> Columns:
+    """Draw final images afresh, once for every definition of robust accuracy."""
+    stream = job.stream(f"definitions {name}", job.protocol.judge_replicates, meter)
+    logits = draw_logits(job.defense, part.images, part.ids, stream)
+    refuse_nan(logits, part.ids)
+    return definition_columns(name, logits, part.labels)
+
+
+def _natural(job: Job, part: Part, meter: Meter) -> Verdict:
+    """Clean accuracy by the protocol's rule, as attacked images are judged."""
     looks = job.stream("natural look", job.protocol.attacks[-1].replicates, meter)
     first = draw_logits(job.defense, part.images, part.ids, looks._replace(hear=uncounted))
     judge = _judge(job, part, "natural", None, meter)
-    return judge(Proposal(0, torch.arange(len(part.labels)), part.images, first))
+    judge(Proposal(0, torch.arange(len(part.labels)), part.images, first))
+    return judge.verdict
 
 
 def _attack(
-    job: Job, name: str, attack: Attack, part: Part, natural: Tensor, meter: Meter
+    job: Job, name: str, attack: Attack, part: Part, natural: Verdict, meter: Meter
 ) -> Verdict:
     judge = _judge(job, part, f"attack {name}", attack.threat, meter)
-    judge.strike((~natural).nonzero().flatten())
-    alive = natural.nonzero().flatten()
+    judge.strike((~natural.stands).nonzero().flatten())
+    judge.doubt(natural.undecided.nonzero().flatten())
+    alive = natural.stands.nonzero().flatten()
 
     def hear(proposal: Proposal) -> Tensor:
         return judge(proposal._replace(rows=alive[proposal.rows]))
@@ -232,6 +247,7 @@ def _judge(
         replicates=job.protocol.judge_replicates,
         seed=job.seed,
         purpose=purpose,
+        rule=job.protocol.verdict,
         count=meter.count,
     )
 
@@ -241,4 +257,8 @@ def _verdict_columns(name: str, verdict: Verdict) -> Columns:
         f"{name}: stands": verdict.stands.int().tolist(),
         f"{name}: broken at": verdict.broken_at.tolist(),
         f"{name}: votes": verdict.votes.tolist(),
+        f"{name}: verified on": verdict.draws.tolist(),
+        f"{name}: undecided": verdict.undecided.int().tolist(),
+        f"{name}: attack right": verdict.seen[0].tolist(),
+        f"{name}: attack draws": verdict.seen[1].tolist(),
     }

@@ -585,6 +585,7 @@ def test_saving_writes_every_form(report, tmp_path):
         "table.md": report.to_markdown(),
         "table.tex": report.to_latex(),
         "table.csv": report.to_csv(),
+        "definitions.csv": report.definitions().to_csv(index=False),
     }
 
 
