@@ -12,6 +12,8 @@ from torch import Tensor
 from ebm_defense.attacks.base import Attack
 from ebm_defense.defense import as_defense
 from ebm_defense.errors import UsageError
+from ebm_defense.eval.flags import Evidence, raise_flags
+from ebm_defense.eval.measures import measure
 from ebm_defense.eval.probe import probe
 from ebm_defense.eval.protocol import Protocol, get_protocol
 from ebm_defense.eval.records import RunFolder, settings_of
@@ -66,11 +68,13 @@ def evaluate(
     folder = None if out is None else RunFolder(out, settings)
     begun = time.perf_counter()
     (records, adversarial), meter = run(job, folder)
+    measures = measure(defense, images, labels, chosen.attacks, seed)
     report = Report(
         settings=settings,
         protocol=chosen,
         records=records,
         adversarial=adversarial,
+        flags=raise_flags(Evidence(protocol=chosen, records=records, measures=measures)),
         chain_steps=meter.steps,
         seconds=meter.seconds | {"all": time.perf_counter() - begun},
     )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import tomli_w
 from torch import Tensor
 
 from ebm_defense.attacks.base import Attack
 from ebm_defense.eval.definitions import definition_table
+from ebm_defense.eval.flags import Flag
 from ebm_defense.eval.protocol import Protocol
 from ebm_defense.eval.runner import attack_column
 from ebm_defense.eval.statistics import CONFIDENCE, Share, share
@@ -32,6 +35,7 @@ class Report:
         protocol: what was run.
         records: one row an image.
         adversarial: by attack, the images that broke the defense or were proposed last.
+        flags: signs that a number should not be believed.
         chain_steps, seconds: cost by phase, of this process alone.
     """
 
@@ -39,6 +43,7 @@ class Report:
     protocol: Protocol
     records: pd.DataFrame
     adversarial: dict[str, Tensor]
+    flags: tuple[Flag, ...] = ()
     chain_steps: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -100,15 +105,41 @@ class Report:
         return lines
 
     def caption(self) -> str:
-        """Return everything the numbers depend on, in sentences."""
+        """Return everything the numbers depend on, in sentences, and what the marks mean."""
         attacks = " ".join(describe_attack(a) for a in self.protocol.attacks)
         purifier = describe_purifier(self.settings["defense"]["purifier"])
         return (
             f"Protocol {self.protocol.name}: {attacks} "
             f"{describe_verdict(self.protocol.verdict, self.protocol.judge_replicates)} "
             f"Purifier: {purifier}. {len(self.records)} images, "
-            f"{CONFIDENCE:.0%} Wilson intervals, seed {self.settings['seed']}."
+            f"{CONFIDENCE:.0%} Wilson intervals, seed {self.settings['seed']}.{self._footnotes()}"
         )
+
+    def _footnotes(self) -> str:
+        notes = (
+            f" [{i}] {flag.name}: {flag.evidence}. {flag.advice}"
+            for i, flag in enumerate(self.flags, 1)
+        )
+        return "".join(notes)
+
+    def _marks(self, attack: int | None) -> str:
+        """Return the marks of the flags that concern an attack, or (None) the model."""
+        numbered = enumerate(self.flags, 1)
+        concerned = [
+            str(i) for i, f in numbered if (attack in f.attacks if f.attacks else attack is None)
+        ]
+        return f" [{', '.join(concerned)}]" if concerned else ""
+
+    def _marked(self) -> tuple[list[str], list[str]]:
+        """Return the table's models and attacks with the marks of their flags."""
+        lines = self._lines()
+        before = len(lines) - len(self.protocol.attacks)
+        models = [m + self._marks(None) * (m == "defended") for m, _, _ in lines]
+        attacks = [
+            a + (self._marks(i - before) if i >= before else "")
+            for i, (_, a, _) in enumerate(lines)
+        ]
+        return models, attacks
 
     def to_text(self) -> str:
         """Return the table and its caption for a terminal."""
@@ -133,13 +164,15 @@ class Report:
         return self.table().to_csv(index=False)
 
     def save(self, folder: str | Path) -> Path:
-        """Write table.txt, .md, .tex and .csv and definitions.csv into a folder and return it."""
+        """Write table.txt, .md, .tex and .csv, definitions.csv and flags.toml into a folder."""
         path = writable_folder(folder)
         write_text(path / "table.txt", self.to_text())
         write_text(path / "table.md", self.to_markdown())
         write_text(path / "table.tex", self.to_latex())
         write_text(path / "table.csv", self.to_csv())
         write_text(path / "definitions.csv", self.definitions().to_csv(index=False))
+        raised = [dataclasses.asdict(flag) for flag in self.flags]
+        write_text(path / "flags.toml", tomli_w.dumps({"flag": raised}))
         return path
 
     def _printable_definitions(self) -> pd.DataFrame:
@@ -156,11 +189,11 @@ class Report:
         return wide.rename_axis(columns=None).reset_index()
 
     def _printable(self) -> pd.DataFrame:
-        table = self.table()
+        table, (models, attacks) = self.table(), self._marked()
         return pd.DataFrame(
             {
-                "model": table["model"],
-                "attack": table["attack"],
+                "model": models,
+                "attack": attacks,
                 "accuracy %": [f"{100 * v:.1f}" for v in table["accuracy"]],
                 "95% interval": _intervals(table),
                 "images": table["images"],
