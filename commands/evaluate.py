@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from ebm_defense.commands.parts import (
 from ebm_defense.data import Images, dataset, load_data
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
-from ebm_defense.eval import Protocol, Report, evaluate, get_protocol
+from ebm_defense.eval import Protocol, Report, evaluate, get_protocol, load_protocol
 from ebm_defense.eval.figures import draw_strip, purification_rows
+from ebm_defense.eval.members import fitting_gradient
 from ebm_defense.eval.probe import probe
+from ebm_defense.eval.protocol import Through
 from ebm_defense.eval.records import default_folder
 from ebm_defense.eval.runner import SHARD, Job, attack_column, planned_steps
 from ebm_defense.eval.wording import describe_attack
@@ -53,7 +56,7 @@ class Evaluate:
     images: int = 40
     """How many images, a stratified sample."""
     protocol: str = "quick"
-    """quick or hill2021."""
+    """quick, hill2021, lifecycle2022, mefa2026, standard, or a protocol's TOML file."""
     norm: str | None = None
     """Linf or L2."""
     eps: float | None = None
@@ -66,6 +69,10 @@ class Evaluate:
     """Attack replicates."""
     judge_replicates: int | None = None
     """Fresh replicates of a verification, and of clean accuracy."""
+    verdict: str | None = None
+    """How images are judged: two-stage, one-stage or sequential."""
+    alpha: float | None = None
+    """Error level of the sequential verdict."""
     attack: tuple[str, ...] = ()
     """Run only these of the protocol's attacks: bpda, transfer."""
     langevin_steps: int | None = None
@@ -102,11 +109,11 @@ class Evaluate:
 
     def run(self) -> int:
         """Evaluate, draw, print."""
-        protocol = self._protocol()
         device = resolve_device(self.device)
         data = load_data(self.data, self.split, self.images, root=self.data_root)
         defense = put_on(self._defense(), device)
         images, labels = data.images.to(device), data.labels.to(device)
+        protocol = self._protocol(partial(fitting_gradient, defense, images))
         if self.dry_run:
             print(plan(defense, Images(images, labels), protocol, self.seed))
             return 0
@@ -116,17 +123,29 @@ class Evaluate:
         print(f"\n{report.to_text()}\nEverything was saved in {out}")
         return 0
 
-    def _protocol(self) -> Protocol:
-        eps = dataset(self.data).eps if self.eps is None else self.eps
-        budget = {
+    def _protocol(self, through: Through) -> Protocol:
+        budget: dict[str, Any] = {
             "norm": self.norm,
-            "eps": eps,
+            "eps": self.eps,
             "steps": self.steps,
             "step_size": self.step_size,
             "replicates": self.replicates,
             "judge_replicates": self.judge_replicates,
+            "verdict": self.verdict,
+            "alpha": self.alpha,
         }
-        return get_protocol(self.protocol, only=self.attack or None, **budget)
+        if self.protocol.endswith(".toml"):
+            return self._from_file({k: v for k, v in budget.items() if v is not None})
+        budget["eps"] = dataset(self.data).eps if self.eps is None else self.eps
+        return get_protocol(self.protocol, only=self.attack or None, through=through, **budget)
+
+    def _from_file(self, given: dict[str, Any]) -> Protocol:
+        if given or self.attack:
+            raise UsageError(
+                f"{self.protocol} says all of the protocol; write "
+                f"{', '.join([*given, *['attack'] * bool(self.attack)])} there instead."
+            )
+        return load_protocol(self.protocol)
 
     def _defense(self) -> PurifiedClassifier:
         options: dict[str, Any] = {"max_chains": self.max_chains}

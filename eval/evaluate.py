@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -14,11 +15,12 @@ from ebm_defense.defense import as_defense
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.flags import Evidence, raise_flags
 from ebm_defense.eval.measures import measure
+from ebm_defense.eval.members import fitting_gradient
 from ebm_defense.eval.probe import probe
-from ebm_defense.eval.protocol import Protocol, get_protocol
+from ebm_defense.eval.protocol import Protocol, Through, get_protocol
 from ebm_defense.eval.records import RunFolder, settings_of
 from ebm_defense.eval.report import Report
-from ebm_defense.eval.runner import Job, run
+from ebm_defense.eval.runner import Job, planned_steps, run
 from ebm_defense.images import check_images, check_labels
 
 DEFAULT_PROTOCOL = "quick"
@@ -56,15 +58,18 @@ def evaluate(
         UsageError: images outside [0, 1] or NaN, labels or shapes the model cannot take, a
             setting out of range, a folder that cannot be written or holds another run.
     """
-    chosen = _protocol(protocol, attacks, judge_replicates)
     check_images(images)
     check_labels(labels, images)
     if not len(images):
         raise UsageError("there are no images to evaluate.")
     defense = as_defense(model)
     probe(defense, images, labels)
+    chosen = _protocol(
+        protocol, attacks, judge_replicates, partial(fitting_gradient, defense, images)
+    )
     job = Job(defense=defense, images=images, labels=labels, protocol=chosen, seed=seed)
     settings = settings_of(defense, images, labels, chosen, seed)
+    settings["budget"] = {"chain_steps_an_image": planned_steps(job)}
     folder = None if out is None else RunFolder(out, settings)
     begun = time.perf_counter()
     (records, adversarial), meter = run(job, folder)
@@ -85,7 +90,10 @@ def evaluate(
 
 
 def _protocol(
-    protocol: str | Protocol | None, attacks: Sequence[Attack] | None, judge_replicates: int | None
+    protocol: str | Protocol | None,
+    attacks: Sequence[Attack] | None,
+    judge_replicates: int | None,
+    through: Through,
 ) -> Protocol:
     if attacks is not None:
         if protocol is not None:
@@ -93,7 +101,9 @@ def _protocol(
         replicates = DEFAULT_JUDGE_REPLICATES if judge_replicates is None else judge_replicates
         return Protocol(name="custom", attacks=tuple(attacks), judge_replicates=replicates)
     named = (
-        protocol if isinstance(protocol, Protocol) else get_protocol(protocol or DEFAULT_PROTOCOL)
+        protocol
+        if isinstance(protocol, Protocol)
+        else get_protocol(protocol or DEFAULT_PROTOCOL, through=through)
     )
     if judge_replicates is None:
         return named

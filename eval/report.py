@@ -20,6 +20,7 @@ from ebm_defense.eval.statistics import CONFIDENCE, Share, share
 from ebm_defense.eval.wording import describe_attack, describe_purifier, describe_verdict
 from ebm_defense.files import writable_folder, write_text
 
+WORST_OF_ALL = "worst of all"
 DEFINED_ON = (
     "On fresh draws of the final images, independent of the attack's and the judge's; beside each "
     "attack the clean baseline of the same definition."
@@ -75,7 +76,7 @@ class Report:
         From fresh draws of the final images, on streams that neither attack nor judge has seen.
         """
         named = enumerate(self.protocol.attacks)
-        final = {attack_column(i, a): attack_title(a) for i, a in named}
+        final = {attack_column(i, a): self._final_title(a) for i, a in named}
         return definition_table(self.records, {"clean": "none"} | final)
 
     def curve(self, attack: int = -1) -> pd.Series:
@@ -85,6 +86,9 @@ class Report:
         broken = self.records[f"{attack_column(number, one)}: broken at"]
         left = [1.0 - float(((broken >= 0) & (broken <= s)).mean()) for s in range(one.looks)]
         return pd.Series(left, name="robust accuracy")
+
+    def _final_title(self, attack: Attack) -> str:
+        return WORST_OF_ALL if self.protocol.ensemble else attack_title(attack)
 
     def _lines(self) -> list[tuple[str, str, str]]:
         lines = []
@@ -101,19 +105,30 @@ class Report:
         ]
         for number, attack in enumerate(self.protocol.attacks):
             column = f"{attack_column(number, attack)}: stands"
-            lines.append(("defended", attack_title(attack), column))
+            then = "then " if self.protocol.ensemble and number else ""
+            lines.append(("defended", f"{then}{attack_title(attack)}", column))
+        if self.protocol.ensemble:
+            lines.append(("defended", WORST_OF_ALL, lines[-1][-1]))
         return lines
 
     def caption(self) -> str:
         """Return everything the numbers depend on, in sentences, and what the marks mean."""
         attacks = " ".join(describe_attack(a) for a in self.protocol.attacks)
+        if self.protocol.ensemble:
+            attacks += " Each attack gets the images that still stand after those before it."
+        if self.protocol.looks == "last":
+            attacks += " Only the images that an attack ends with are judged."
         purifier = describe_purifier(self.settings["defense"]["purifier"])
         return (
             f"Protocol {self.protocol.name}: {attacks} "
             f"{describe_verdict(self.protocol.verdict, self.protocol.judge_replicates)} "
-            f"Purifier: {purifier}. {len(self.records)} images, "
+            f"{self._budget()}Purifier: {purifier}. {len(self.records)} images, "
             f"{CONFIDENCE:.0%} Wilson intervals, seed {self.settings['seed']}.{self._footnotes()}"
         )
+
+    def _budget(self) -> str:
+        each = self.settings.get("budget", {}).get("chain_steps_an_image", 0)
+        return f"{each:,} chain-steps an image that stands to the end. " if each else ""
 
     def _footnotes(self) -> str:
         notes = (
@@ -133,7 +148,9 @@ class Report:
     def _marked(self) -> tuple[list[str], list[str]]:
         """Return the table's models and attacks with the marks of their flags."""
         lines = self._lines()
-        before = len(lines) - len(self.protocol.attacks)
+        before = [column for _, _, column in lines].index(
+            f"{attack_column(0, self.protocol.attacks[0])}: stands"
+        )
         models = [m + self._marks(None) * (m == "defended") for m, _, _ in lines]
         attacks = [
             a + (self._marks(i - before) if i >= before else "")

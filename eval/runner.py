@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import pandas as pd
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ebm_defense.attacks.base import Attack, Proposal, attack_replicates
+from ebm_defense.attacks.base import Attack, Proposal, attack_replicates, lenient
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.eval.definitions import definition_columns
@@ -105,7 +105,7 @@ def planned_steps(job: Job) -> int:
     purifier, protocol = job.defense.purifier, job.protocol
     first = attack_replicates(protocol.attacks[-1].replicates, job.defense)
     judge = attack_replicates(protocol.judge_replicates, job.defense)
-    fresh = len(judge) * (1 + len(protocol.attacks))
+    fresh = len(judge) * (1 + (1 if protocol.ensemble else len(protocol.attacks)))
     clean = (len(first) + fresh) * purifier.chain_steps
     return clean + sum(a.chain_steps(job.defense) for a in protocol.attacks)
 
@@ -150,13 +150,16 @@ def run_shard(job: Job, ids: range, meter: Meter) -> Shard:
     natural = _natural(job, part, meter)
     columns["natural"] = natural.stands.int().tolist()
     columns["natural: undecided"] = natural.undecided.int().tolist()
+    before = natural
     for number, attack in enumerate(job.protocol.attacks):
         meter.enter(attack.name)
         name = attack_column(number, attack)
-        verdict = _attack(job, name, attack, part, natural, meter)
+        verdict = _attack(job, name, attack, part, before, meter)
         size = attack.threat.size(verdict.images, part.images)
         columns |= _verdict_columns(name, verdict) | {f"{name}: size": size.tolist()}
-        columns |= _define(job, name, part._replace(images=verdict.images), meter)
+        if not job.protocol.ensemble or number == len(job.protocol.attacks) - 1:
+            columns |= _define(job, name, part._replace(images=verdict.images), meter)
+        before = verdict if job.protocol.ensemble else natural
         adversarial[name] = verdict.images
     return pd.DataFrame(columns), adversarial
 
@@ -209,25 +212,49 @@ def _natural(job: Job, part: Part, meter: Meter) -> Verdict:
 
 
 def _attack(
-    job: Job, name: str, attack: Attack, part: Part, natural: Verdict, meter: Meter
+    job: Job, name: str, attack: Attack, part: Part, before: Verdict, meter: Meter
 ) -> Verdict:
+    """Attack the images that stood before; the others keep the images that they had."""
     judge = _judge(job, part, f"attack {name}", attack.threat, meter)
-    judge.strike((~natural.stands).nonzero().flatten())
-    judge.doubt(natural.undecided.nonzero().flatten())
-    alive = natural.stands.nonzero().flatten()
+    judge.strike((~before.stands).nonzero().flatten())
+    judge.doubt(before.undecided.nonzero().flatten())
+    alive = before.stands.nonzero().flatten()
+    left = Part(part.images[alive], part.labels[alive], [part.ids[i] for i in alive.tolist()])
 
     def hear(proposal: Proposal) -> Tensor:
         return judge(proposal._replace(rows=alive[proposal.rows]))
 
-    attack.run(
-        job.defense,
-        part.images[alive],
-        part.labels[alive],
-        ids=[part.ids[i] for i in alive.tolist()],
-        seed=derive_seed(job.seed, f"attack {name}"),
-        judge=hear,
-    )
-    return judge.verdict
+    RUNS[job.protocol.looks](job, name, attack, left, hear, meter)
+    stood = before.stands.view(-1, 1, 1, 1).to(part.images.device)
+    found = judge.verdict
+    return replace(found, images=torch.where(stood, found.images, before.images))
+
+
+def _run_every(
+    job: Job, name: str, attack: Attack, left: Part, hear: Heard, meter: Meter
+) -> Tensor:
+    """Run an attack whose every look comes before the judge."""
+    seed = derive_seed(job.seed, f"attack {name}")
+    return attack.run(job.defense, left.images, left.labels, ids=left.ids, seed=seed, judge=hear)
+
+
+def _run_last(job: Job, name: str, attack: Attack, left: Part, hear: Heard, meter: Meter) -> Tensor:
+    """Run an attack whose last images alone come before the judge, with a look of their own."""
+
+    def unheard(proposal: Proposal) -> Tensor:
+        meter.count(len(proposal.logits) * len(proposal.rows) * job.defense.purifier.chain_steps)
+        return lenient(proposal)
+
+    x = _run_every(job, name, attack, left, unheard, meter)
+    looks = Stream(job.seed, f"attack {name} last look", attack.replicates)
+    logits = draw_logits(job.defense, x, left.ids, looks)
+    hear(Proposal(attack.looks - 1, torch.arange(len(x)), x, logits))
+    return x
+
+
+Heard = Callable[[Proposal], Tensor]
+RUNS = {"every": _run_every, "last": _run_last}
+"""How attacks are run, by the protocol's `looks`."""
 
 
 def _judge(
