@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,11 +24,13 @@ from ebm_defense.commands.sweep import grid
 from ebm_defense.data import Images, dataset, load_data
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
-from ebm_defense.eval import Protocol, Report, evaluate, get_protocol
+from ebm_defense.eval import Protocol, Report, evaluate, get_protocol, load_protocol
 from ebm_defense.eval.choice import choose
 from ebm_defense.eval.compare import compare
 from ebm_defense.eval.figures import draw_strip, purification_rows
+from ebm_defense.eval.members import fitting_gradient
 from ebm_defense.eval.probe import probe
+from ebm_defense.eval.protocol import Through
 from ebm_defense.eval.reading import load_run
 from ebm_defense.eval.records import default_folder
 from ebm_defense.eval.runner import SHARD, Job, attack_column, planned_steps
@@ -62,7 +65,7 @@ class Evaluate:
     images: int = 40
     """How many images, a stratified sample."""
     protocol: str = "quick"
-    """quick or hill2021."""
+    """quick, hill2021, lifecycle2022, mefa2026, standard, or a protocol's TOML file."""
     norm: str | None = None
     """Linf or L2."""
     eps: float | None = None
@@ -84,6 +87,10 @@ class Evaluate:
     """What the attacks that take a loss maximise."""
     transfer_from: str | None = None
     """Run the transfer of another defense's images, a shipped name or a folder."""
+    verdict: str | None = None
+    """How images are judged: two-stage, one-stage or sequential."""
+    alpha: float | None = None
+    """Error level of the sequential verdict."""
     langevin_steps: int | None = None
     """Langevin steps K, instead of the defense's own."""
     precision: str = "auto"
@@ -126,11 +133,11 @@ class Evaluate:
         return self._sweep() if self.sweep else self._one()
 
     def _one(self) -> int:
-        protocol = self._protocol()
         device = resolve_device(self.device)
         data = load_data(self.data, self.split, self.images, root=self.data_root)
         defense = put_on(self.make_defense(), device)
         images, labels = data.images.to(device), data.labels.to(device)
+        protocol = self._protocol(partial(fitting_gradient, defense, images))
         if self.dry_run:
             print(plan(defense, Images(images, labels), protocol, self.seed))
             return 0
@@ -163,26 +170,41 @@ class Evaluate:
             raise UsageError("processes that share a run need its folder's name; give --out.")
         return self.out or default_folder()
 
-    def _protocol(self) -> Protocol:
-        eps = dataset(self.data).eps if self.eps is None else self.eps
-        budget = {
+    def _protocol(self, through: Through) -> Protocol:
+        budget: dict[str, Any] = {
             "norm": self.norm,
-            "eps": eps,
+            "eps": self.eps,
             "steps": self.steps,
             "step_size": self.step_size,
             "replicates": self.replicates,
             "judge_replicates": self.judge_replicates,
+            "verdict": self.verdict,
+            "alpha": self.alpha,
         }
-        transfers = () if self.transfer_from is None else (f"transfer:{self.transfer_from}",)
+        if self.protocol.endswith(".toml"):
+            return self._from_file({k: v for k, v in budget.items() if v is not None})
+        budget["eps"] = dataset(self.data).eps if self.eps is None else self.eps
         return choose(
-            get_protocol(self.protocol, **budget),
-            (*self.attack, *transfers),
+            get_protocol(self.protocol, through=through, **budget),
+            self._chosen(),
             gradient=self.gradient,
             loss=self.loss,
             steps=self.steps,
             step_size=self.step_size,
             replicates=self.replicates,
         )
+
+    def _chosen(self) -> tuple[str, ...]:
+        transfers = () if self.transfer_from is None else (f"transfer:{self.transfer_from}",)
+        return (*self.attack, *transfers)
+
+    def _from_file(self, given: dict[str, Any]) -> Protocol:
+        if given or self._chosen():
+            raise UsageError(
+                f"{self.protocol} says all of the protocol; write "
+                f"{', '.join([*given, *['attack'] * bool(self._chosen())])} there instead."
+            )
+        return choose(load_protocol(self.protocol), (), gradient=self.gradient, loss=self.loss)
 
     def make_defense(self) -> PurifiedClassifier:
         """Return the defense that the options name."""

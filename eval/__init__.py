@@ -3,11 +3,16 @@
 from ebm_defense.eval.benchmark import Benchmark, benchmark
 from ebm_defense.eval.compare import Comparison, compare
 from ebm_defense.eval.evaluate import evaluate
+from ebm_defense.eval.flags import Flag
 from ebm_defense.eval.merge import merge
+from ebm_defense.eval.plain import load_protocol
 from ebm_defense.eval.protocol import PROTOCOLS, Protocol, get_protocol
 from ebm_defense.eval.reading import load_run
 from ebm_defense.eval.report import Report
 from ebm_defense.eval.reverify import Verification, reverify
+from ebm_defense.eval.rules import OneStage, TwoStage
+from ebm_defense.eval.sequential import Sequential
+from ebm_defense.eval.statistics import over_seeds, paired, share, worst_of
 from ebm_defense.eval.verdict import Judge, Verdict, judge_images
 from ebm_defense.eval.workers import Workers
 
@@ -15,9 +20,13 @@ __all__ = [
     "PROTOCOLS",
     "Benchmark",
     "Comparison",
+    "Flag",
     "Judge",
+    "OneStage",
     "Protocol",
     "Report",
+    "Sequential",
+    "TwoStage",
     "Verdict",
     "Verification",
     "Workers",
@@ -26,7 +35,12 @@ __all__ = [
     "evaluate",
     "get_protocol",
     "judge_images",
+    "load_protocol",
     "load_run",
     "merge",
+    "over_seeds",
+    "paired",
     "reverify",
+    "share",
+    "worst_of",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -12,11 +13,13 @@ from ebm_defense.attacks.base import Attack
 from ebm_defense.defense import as_defense
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.folder import RunFolder, Shelf
+from ebm_defense.eval.measures import measure, save_measures
+from ebm_defense.eval.members import fitting_gradient
 from ebm_defense.eval.probe import probe
-from ebm_defense.eval.protocol import Protocol, get_protocol
+from ebm_defense.eval.protocol import Protocol, Through, get_protocol
 from ebm_defense.eval.records import settings_of
 from ebm_defense.eval.report import Report, report_of
-from ebm_defense.eval.runner import Job, run
+from ebm_defense.eval.runner import Job, planned_steps, run
 from ebm_defense.eval.workers import ALONE, Workers
 from ebm_defense.images import check_images, check_labels
 
@@ -58,32 +61,40 @@ def evaluate(
             setting out of range, a folder that cannot be written, is in use or holds another run.
         LostWorkerError: another process of this run died.
     """
-    chosen = _protocol(protocol, attacks, judge_replicates)
     check_images(images)
     check_labels(labels, images)
     if not len(images):
         raise UsageError("there are no images to evaluate.")
     defense = as_defense(model)
     probe(defense, images, labels)
+    chosen = _protocol(
+        protocol, attacks, judge_replicates, partial(fitting_gradient, defense, images)
+    )
     job = Job(defense=defense, images=images, labels=labels, protocol=chosen, seed=seed)
     settings = settings_of(defense, images, labels, chosen, seed)
+    settings["budget"] = {"chain_steps_an_image": planned_steps(job)}
     if workers.parts > 1:
         settings["shard"] = f"{workers.part}/{workers.parts}"
+    look = partial(measure, defense, images, labels, chosen.attacks, seed)
     if out is None:
-        return report_of(run(job, Shelf(), workers), settings, chosen, images)
-    with RunFolder(
-        out, settings, {"images": images, "labels": labels}, workers
-    ).claimed() as folder:
+        return report_of(run(job, Shelf(), workers), settings, chosen, images, look())
+    data = {"images": images, "labels": labels}
+    with RunFolder(out, settings, data, workers).claimed() as folder:
         done = run(job, folder, workers)
-        report = report_of(done, settings, chosen, images)
-        if workers.leads:
+        measures = look() if workers.leads else None
+        report = report_of(done, settings, chosen, images, measures)
+        if measures is not None:
+            save_measures(folder.path, measures)
             report.save(folder.path)
             folder.finish(*done)
     return report
 
 
 def _protocol(
-    protocol: str | Protocol | None, attacks: Sequence[Attack] | None, judge_replicates: int | None
+    protocol: str | Protocol | None,
+    attacks: Sequence[Attack] | None,
+    judge_replicates: int | None,
+    through: Through,
 ) -> Protocol:
     if attacks is not None:
         if protocol is not None:
@@ -91,7 +102,9 @@ def _protocol(
         replicates = DEFAULT_JUDGE_REPLICATES if judge_replicates is None else judge_replicates
         return Protocol(name="custom", attacks=tuple(attacks), judge_replicates=replicates)
     named = (
-        protocol if isinstance(protocol, Protocol) else get_protocol(protocol or DEFAULT_PROTOCOL)
+        protocol
+        if isinstance(protocol, Protocol)
+        else get_protocol(protocol or DEFAULT_PROTOCOL, through=through)
     )
     if judge_replicates is None:
         return named

@@ -19,6 +19,7 @@ from ebm_defense.eval.folder import (
     read_toml,
     shard_files,
 )
+from ebm_defense.eval.measures import load_measures, save_measures
 from ebm_defense.eval.report import Report, report_of
 from ebm_defense.eval.restore import restore_protocol
 from ebm_defense.eval.runner import SHARD, gather
@@ -44,7 +45,10 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> Report:
     data = load_tensors(folders[0] / DATA)
     with RunFolder(out, settings, data).claimed() as whole:
         done = gather([_copy(folder, start, whole) for start, folder in shards.items()])
-        report = report_of(done, settings, protocol, data["images"])
+        measures = load_measures(folders[0])
+        report = report_of(done, settings, protocol, data["images"], measures)
+        if measures is not None:
+            save_measures(whole.path, measures)
         report.save(whole.path)
         whole.finish(*done, parts=[_environment(folder) for folder in folders])
     return report

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import tomli_w
 from torch import nn
 
 from ebm_defense.attacks import PGD, Attack, ThreatModel, Transfer
+from ebm_defense.attacks.gradients import Gradient
 from ebm_defense.errors import UsageError
+from ebm_defense.eval.members import STANDARD, full_gradient, mefa_attack, member, standard_attacks
+from ebm_defense.eval.rules import OneStage, Rule, TwoStage
+from ebm_defense.eval.sequential import Sequential
+from ebm_defense.files import writable_folder, write_text
 from ebm_defense.fingerprint import fingerprint
 
 PUBLISHED_EPS = 8 / 255
@@ -24,18 +31,54 @@ class Protocol:
     Attributes:
         name: stands in every table.
         attacks: each is judged on its own row.
-        judge_replicates: fresh draws H of a verification, and of clean accuracy.
+        judge_replicates: fresh draws H of a verification, at most, and of clean accuracy.
+        verdict: the rule by which draws become a verdict.
+        ensemble: whether each attack gets only the images that still stand after those before it,
+            so that the last row is the worst of all, image by image.
+        looks: a name in `LOOKS`: whether an attack's every look comes before the judge, or the
+            images that it ends with alone.
+
+    A protocol called "standard" that lacks a member of that ensemble is called "standard-partial".
     """
 
     name: str
     attacks: tuple[Attack, ...]
     judge_replicates: int
+    verdict: Rule = field(default_factory=TwoStage)
+    ensemble: bool = False
+    looks: str = "every"
 
     def __post_init__(self) -> None:
         if self.judge_replicates < 1:
             raise UsageError(f"judge replicates must be at least 1, not {self.judge_replicates}.")
         if not self.attacks:
             raise UsageError("a protocol needs at least one attack.")
+        if self.looks not in LOOKS:
+            raise UsageError(f"looks is {self.looks!r}; choose one of {', '.join(LOOKS)}.")
+        # Here, so that no way to make a protocol can keep the name of one that does more.
+        if self.name == "standard" and not self._complete():
+            object.__setattr__(self, "name", "standard-partial")
+
+    def _complete(self) -> bool:
+        return self.ensemble and {member(a) for a in self.attacks} >= STANDARD
+
+    def save(self, path: str | Path) -> Path:
+        """Write the protocol to a TOML file that `load_protocol` reads, and return its path."""
+        file = Path(path).expanduser()
+        writable_folder(file.parent)
+        write_text(file, tomli_w.dumps(describe(self)))
+        return file
+
+    def __str__(self) -> str:
+        return tomli_w.dumps(describe(self))
+
+
+LOOKS = ("every", "last")
+VERDICTS: dict[str, Callable[..., Rule]] = {
+    "two-stage": TwoStage,
+    "one-stage": OneStage,
+    "sequential": Sequential,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +92,8 @@ class Budget:
         step_size: in [0, 1] units; a quarter of eps if not given.
         replicates: attack replicates.
         judge_replicates: verification replicates.
+        verdict: a name in `VERDICTS`.
+        alpha: error level of the sequential verdict.
     """
 
     norm: str | None = None
@@ -57,44 +102,128 @@ class Budget:
     step_size: float | None = None
     replicates: int | None = None
     judge_replicates: int | None = None
+    verdict: str | None = None
+    alpha: float | None = None
+
+    def over(self, **preset: Any) -> dict[str, Any]:
+        """Return a preset's numbers, replaced by those given here; a step is a quarter of eps."""
+        given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        number = preset | given
+        return {"step_size": number["eps"] / STEPS_ACROSS_EPS} | number
+
+    def rule(self, preset: Rule) -> Rule:
+        """Return the verdict asked for, or the preset's.
+
+        Raises:
+            UsageError: an unknown verdict, or an alpha for one that has none.
+        """
+        if self.verdict is not None and self.verdict not in VERDICTS:
+            known = ", ".join(VERDICTS)
+            raise UsageError(f"unknown verdict {self.verdict!r}; choose one of {known}.")
+        rule = preset if self.verdict is None else VERDICTS[self.verdict]()
+        if self.alpha is None:
+            return rule
+        if not isinstance(rule, Sequential):
+            raise UsageError(f"the {rule.name} verdict has no alpha; the sequential one has.")
+        return dataclasses.replace(rule, alpha=self.alpha)
 
 
-def _bpda(name: str, preset: Budget, budget: Budget, transfer: bool) -> Protocol:
-    number = {k: v for k, v in dataclasses.asdict(preset).items() if v is not None}
-    number |= {k: v for k, v in dataclasses.asdict(budget).items() if v is not None}
+Through = Callable[[], Gradient]
+"""Gives the gradient that goes through the chain of the defense at hand."""
+
+
+def _bpda(name: str, budget: Budget, transfer: bool, **preset: Any) -> Protocol:
+    number = budget.over(norm="Linf", eps=PUBLISHED_EPS, **preset)
     pgd = PGD(
         threat=ThreatModel(norm=number["norm"], eps=number["eps"]),
-        steps=number["steps"],
-        step_size=number.get("step_size", number["eps"] / STEPS_ACROSS_EPS),
-        replicates=number["replicates"],
+        **{k: number[k] for k in ("steps", "step_size", "replicates")},
     )
     attacks: tuple[Attack, ...] = (pgd,)
     if transfer:
         attacks = (Transfer(attack=pgd, replicates=number["replicates"]), pgd)
-    return Protocol(name=name, attacks=attacks, judge_replicates=number["judge_replicates"])
+    return Protocol(
+        name=name,
+        attacks=attacks,
+        judge_replicates=number["judge_replicates"],
+        verdict=budget.rule(TwoStage()),
+    )
 
 
-def _hill2021(budget: Budget) -> Protocol:
+def _hill2021(budget: Budget, through: Through) -> Protocol:
     """BPDA+EOT as published by Hill, Mitchell, Zhu (2021), and their transfer attack."""
-    preset = Budget(norm="Linf", eps=PUBLISHED_EPS, steps=50, replicates=15, judge_replicates=150)
-    return _bpda("hill2021", preset, budget, transfer=True)
+    preset = {"steps": 50, "replicates": 15, "judge_replicates": 150}
+    return _bpda("hill2021", budget, transfer=True, **preset)
 
 
-def _quick(budget: Budget) -> Protocol:
+def _lifecycle2022(budget: Budget, through: Through) -> Protocol:
+    """BPDA+EOT as published by Hill et al. (2022, EBM Life Cycle) for CIFAR-10."""
+    preset = {"steps": 50, "replicates": 48, "judge_replicates": 128}
+    return _bpda("lifecycle2022", budget, transfer=False, **preset)
+
+
+def _quick(budget: Budget, through: Through) -> Protocol:
     """The same attack in minutes on a CPU: a first impression, not a result for a paper."""
-    preset = Budget(norm="Linf", eps=PUBLISHED_EPS, steps=10, replicates=8, judge_replicates=32)
-    return _bpda("quick", preset, budget, transfer=False)
+    preset = {"steps": 10, "replicates": 8, "judge_replicates": 32}
+    return _bpda("quick", budget, transfer=False, **preset)
 
 
-PROTOCOLS: dict[str, Callable[[Budget], Protocol]] = {"quick": _quick, "hill2021": _hill2021}
+def _mefa2026(budget: Budget, through: Through) -> Protocol:
+    """PGD+EOT through every step of the chain, its last images validated once on the mean logits
+    of 100 fresh replicates, as published by Du, Hill, Cai (2026, MEFA).
+    """
+    preset = {"steps": 100, "replicates": 20, "judge_replicates": 100}
+    number = budget.over(norm="Linf", eps=PUBLISHED_EPS, **preset)
+    threat = ThreatModel(norm=number["norm"], eps=number["eps"])
+    attack = mefa_attack(threat, number["steps"], number["step_size"], number["replicates"])
+    return Protocol(
+        name="mefa2026",
+        attacks=(attack,),
+        judge_replicates=number["judge_replicates"],
+        verdict=budget.rule(OneStage()),
+        looks="last",
+    )
 
 
-def get_protocol(name: str, **budget: Any) -> Protocol:
+def _standard(budget: Budget, through: Through) -> Protocol:
+    """Every kind of attack, the worst image by image, each on the images still standing: transfer,
+    BPDA-PGD, APGD on cross-entropy and DLR, DiffHammer and targeted APGD through the chain, Square.
+    """
+    preset = {"steps": 100, "replicates": 20, "judge_replicates": 150}
+    number = budget.over(norm="Linf", eps=PUBLISHED_EPS, **preset)
+    threat = ThreatModel(norm=number["norm"], eps=number["eps"])
+    sizes = (number["steps"], number["step_size"], number["replicates"])
+    return Protocol(
+        name="standard",
+        attacks=standard_attacks(threat, *sizes, through()),
+        judge_replicates=number["judge_replicates"],
+        verdict=budget.rule(Sequential()),
+        ensemble=True,
+    )
+
+
+PROTOCOLS: dict[str, Callable[[Budget, Through], Protocol]] = {
+    "quick": _quick,
+    "hill2021": _hill2021,
+    "lifecycle2022": _lifecycle2022,
+    "mefa2026": _mefa2026,
+    "standard": _standard,
+}
+
+
+def get_protocol(
+    name: str,
+    *,
+    through: Through = full_gradient,
+    **budget: Any,
+) -> Protocol:
     """Return a preset, with some of its numbers replaced.
 
     Args:
         name: a name in `PROTOCOLS`.
-        **budget: fields of `Budget`: norm, eps, steps, step_size, replicates, judge_replicates.
+        through: gives the gradient through the chain that "standard" attacks with, see
+            `fitting_gradient`; `Full` if not given.
+        **budget: fields of `Budget`: norm, eps, steps, step_size, replicates, judge_replicates,
+            verdict, alpha.
             A changed number shows in every table's footnote; the name stays.
 
     Raises:
@@ -108,7 +237,7 @@ def get_protocol(name: str, **budget: Any) -> Protocol:
             raise UsageError(
                 f"unknown protocol setting {key!r}; it has {', '.join(sorted(known))}."
             )
-    return PROTOCOLS[name](Budget(**budget))
+    return PROTOCOLS[name](Budget(**budget), through)
 
 
 def describe(value: Any) -> Any:

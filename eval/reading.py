@@ -20,6 +20,7 @@ from ebm_defense.eval.folder import (
     read_toml,
     total,
 )
+from ebm_defense.eval.measures import load_measures
 from ebm_defense.eval.report import Report, report_of
 from ebm_defense.eval.restore import restore_protocol
 from ebm_defense.files import load_tensors
@@ -46,6 +47,7 @@ def load_run(path: str | Path, *, name: str | None = None, kinds: Iterable[type]
         settings,
         restore_protocol(settings["protocol"], kinds),
         load_tensors(folder / DATA)["images"],
+        load_measures(folder),
         name or folder.resolve().name,
     )
 

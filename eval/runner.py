@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ebm_defense.attacks.base import Attack, Proposal, attack_replicates
+from ebm_defense.attacks.base import Attack, Proposal, attack_replicates, lenient
 from ebm_defense.attacks.hearing import refuse_nan
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
+from ebm_defense.eval.definitions import definition_columns
 from ebm_defense.eval.folder import Costs, Done, RunFolder, Shelf, total
 from ebm_defense.eval.memory import chains_restored, within_memory
 from ebm_defense.eval.protocol import Protocol
@@ -116,7 +117,8 @@ def planned_steps(job: Job) -> int:
     purifier, protocol = job.defense.purifier, job.protocol
     first = attack_replicates(protocol.attacks[-1].replicates, job.defense)
     judge = attack_replicates(protocol.judge_replicates, job.defense)
-    clean = (len(first) + len(judge)) * purifier.chain_steps
+    fresh = len(judge) * (1 + (1 if protocol.ensemble else len(protocol.attacks)))
+    clean = (len(first) + fresh) * purifier.chain_steps
     return clean + sum(a.chain_steps(job.defense) for a in protocol.attacks)
 
 
@@ -185,13 +187,18 @@ def run_shard(job: Job, ids: range, meter: Meter) -> Shard:
     meter.enter("clean")
     columns |= _clean(job, part, meter)
     natural = _natural(job, part, meter)
-    columns["natural"] = natural.int().tolist()
+    columns["natural"] = natural.stands.int().tolist()
+    columns["natural: undecided"] = natural.undecided.int().tolist()
+    before = natural
     for number, attack in enumerate(job.protocol.attacks):
         meter.enter(attack.name)
         name = attack_column(number, attack)
-        verdict = _attack(job, name, attack, part, natural, meter)
+        verdict = _attack(job, name, attack, part, before, meter)
         size = attack.threat.size(verdict.images, part.images)
         columns |= _verdict_columns(name, verdict) | {f"{name}: size": size.tolist()}
+        if not job.protocol.ensemble or number == len(job.protocol.attacks) - 1:
+            columns |= _define(job, name, part._replace(images=verdict.images), meter)
+        before = verdict if job.protocol.ensemble else natural
         adversarial[name] = verdict.images
     return pd.DataFrame(columns), adversarial
 
@@ -222,36 +229,71 @@ def _clean(job: Job, part: Part, meter: Meter) -> Columns:
     refuse_nan(logits, part.ids)
     right = job.defense.combine(logits).argmax(-1) == part.labels
     votes = (logits.argmax(-1) == part.labels).float().mean(0)
-    return {"clean": right.int().tolist(), "clean_votes": votes.tolist()}
+    found: Columns = {"clean": right.int().tolist(), "clean_votes": votes.tolist()}
+    return found | definition_columns("clean", logits, part.labels)
 
 
-def _natural(job: Job, part: Part, meter: Meter) -> Tensor:
-    """Clean accuracy by the published two-stage rule, which looks again at failures alone."""
+def _define(job: Job, name: str, part: Part, meter: Meter) -> Columns:
+    """Draw final images afresh, once for every definition of robust accuracy."""
+    stream = job.stream(f"definitions {name}", job.protocol.judge_replicates, meter)
+    logits = draw_logits(job.defense, part.images, part.ids, stream)
+    refuse_nan(logits, part.ids)
+    return definition_columns(name, logits, part.labels)
+
+
+def _natural(job: Job, part: Part, meter: Meter) -> Verdict:
+    """Clean accuracy by the protocol's rule, as attacked images are judged."""
     looks = job.stream("natural look", job.protocol.attacks[-1].replicates, meter)
     first = draw_logits(job.defense, part.images, part.ids, looks._replace(hear=uncounted))
     judge = _judge(job, part, "natural", None, meter)
-    return judge(Proposal(0, torch.arange(len(part.labels)), part.images, first))
+    judge(Proposal(0, torch.arange(len(part.labels)), part.images, first))
+    return judge.verdict
 
 
 def _attack(
-    job: Job, name: str, attack: Attack, part: Part, natural: Tensor, meter: Meter
+    job: Job, name: str, attack: Attack, part: Part, before: Verdict, meter: Meter
 ) -> Verdict:
+    """Attack the images that stood before; the others keep the images that they had."""
     judge = _judge(job, part, f"attack {name}", attack.threat, meter)
-    judge.strike((~natural).nonzero().flatten())
-    alive = natural.nonzero().flatten()
+    judge.strike((~before.stands).nonzero().flatten())
+    judge.doubt(before.undecided.nonzero().flatten())
+    alive = before.stands.nonzero().flatten()
+    left = Part(part.images[alive], part.labels[alive], [part.ids[i] for i in alive.tolist()])
 
     def hear(proposal: Proposal) -> Tensor:
         return judge(proposal._replace(rows=alive[proposal.rows]))
 
-    attack.run(
-        job.defense,
-        part.images[alive],
-        part.labels[alive],
-        ids=[part.ids[i] for i in alive.tolist()],
-        seed=derive_seed(job.seed, f"attack {name}"),
-        judge=hear,
-    )
-    return judge.verdict
+    RUNS[job.protocol.looks](job, name, attack, left, hear, meter)
+    stood = before.stands.view(-1, 1, 1, 1).to(part.images.device)
+    found = judge.verdict
+    return replace(found, images=torch.where(stood, found.images, before.images))
+
+
+def _run_every(
+    job: Job, name: str, attack: Attack, left: Part, hear: Heard, meter: Meter
+) -> Tensor:
+    """Run an attack whose every look comes before the judge."""
+    seed = derive_seed(job.seed, f"attack {name}")
+    return attack.run(job.defense, left.images, left.labels, ids=left.ids, seed=seed, judge=hear)
+
+
+def _run_last(job: Job, name: str, attack: Attack, left: Part, hear: Heard, meter: Meter) -> Tensor:
+    """Run an attack whose last images alone come before the judge, with a look of their own."""
+
+    def unheard(proposal: Proposal) -> Tensor:
+        meter.count(len(proposal.logits) * len(proposal.rows) * job.defense.purifier.chain_steps)
+        return lenient(proposal)
+
+    x = _run_every(job, name, attack, left, unheard, meter)
+    looks = Stream(job.seed, f"attack {name} last look", attack.replicates)
+    logits = draw_logits(job.defense, x, left.ids, looks)
+    hear(Proposal(attack.looks - 1, torch.arange(len(x)), x, logits))
+    return x
+
+
+Heard = Callable[[Proposal], Tensor]
+RUNS = {"every": _run_every, "last": _run_last}
+"""How attacks are run, by the protocol's `looks`."""
 
 
 def _judge(
@@ -271,6 +313,7 @@ def _judge(
         replicates=job.protocol.judge_replicates,
         seed=job.seed,
         purpose=purpose,
+        rule=job.protocol.verdict,
         count=meter.count,
     )
 
@@ -280,4 +323,8 @@ def _verdict_columns(name: str, verdict: Verdict) -> Columns:
         f"{name}: stands": verdict.stands.int().tolist(),
         f"{name}: broken at": verdict.broken_at.tolist(),
         f"{name}: votes": verdict.votes.tolist(),
+        f"{name}: verified on": verdict.draws.tolist(),
+        f"{name}: undecided": verdict.undecided.int().tolist(),
+        f"{name}: attack right": verdict.seen[0].tolist(),
+        f"{name}: attack draws": verdict.seen[1].tolist(),
     }

@@ -7,6 +7,8 @@ from typing import Any
 from ebm_defense.attacks import PGD, Transfer
 from ebm_defense.attacks.base import Attack
 from ebm_defense.attacks.threat import fraction
+from ebm_defense.eval.rules import Rule
+from ebm_defense.eval.sequential import Sequential
 
 
 def describe_attack(attack: Attack) -> str:
@@ -30,6 +32,16 @@ def _steps(attack: Attack) -> str:
     start = "random start" if attack.random_start else "no random start"
     size = fraction(attack.step_size)
     return f"{attack.threat}, {attack.steps} steps of {size}, {start}"
+
+
+def describe_verdict(rule: Rule, most: int) -> str:
+    """Return one sentence that says on what draws, and how, images were judged."""
+    if isinstance(rule, Sequential):
+        return (
+            f"Judged by a sequential test of the votes at error level {rule.alpha:g}, on at most "
+            f"{most} fresh replicates; undecided images count both ways in the intervals."
+        )
+    return f"Judged on {most} fresh replicates ({rule.name} rule)."
 
 
 def describe_purifier(settings: dict[str, Any]) -> str:

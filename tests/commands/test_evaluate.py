@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from ebm_defense.eval import get_protocol
+
 SMALL = ("--data", "digits", "--images", 6, "--steps", 2, "--replicates", 2)
 
 
@@ -58,8 +60,9 @@ def test_dry_run_prints_the_cost_and_writes_nothing(run, tiny_defense, tmp_path)
     out = tmp_path / "run"
     status, printed, _ = run(*small(tiny_defense, out, "--dry-run"))
     assert status == 0
-    # 6 images × 3 Langevin steps × (3 clean + 2 natural + (2 attack steps + start) × 2 replicates)
-    assert f"chain-steps: {6 * 3 * (3 + 2 + 3 * 2):,}" in printed
+    # 6 images × 3 Langevin steps × (3 clean + 2 natural + (2 attack steps + start) × 2 replicates
+    # + 3 draws of the final images)
+    assert f"chain-steps: {6 * 3 * (3 + 2 + 3 * 2 + 3):,}" in printed
     assert "expected time" in printed
     assert "memory" in printed
     assert not out.exists()
@@ -155,3 +158,24 @@ def test_cuda_asked_for_and_absent(run, tiny_defense, tmp_path, monkeypatch) -> 
     status, _, err = run(*small(tiny_defense, tmp_path / "run", "--device", "cuda"))
     assert status == 2
     assert "CUDA" in err
+
+
+def test_a_protocol_comes_from_a_file(run, tiny_defense, tmp_path) -> None:
+    file = get_protocol("quick", eps=0.05, steps=1, replicates=2, judge_replicates=3).save(
+        tmp_path / "mine.toml"
+    )
+    given = ("evaluate", "--defense", tiny_defense, "--data", "digits", "--images", 6)
+    status, printed, _ = run(*given, "--protocol", file, "--out", tmp_path / "run")
+    assert status == 0
+    assert "Linf 0.05, 1 steps" in printed
+    status, _, err = run(*given, "--protocol", file, "--steps", 3, "--out", tmp_path / "other")
+    assert status == 2
+    assert "steps" in err
+
+
+def test_a_verdict_may_be_sequential(run, tiny_defense, tmp_path) -> None:
+    out = tmp_path / "run"
+    more = ("--verdict", "sequential", "--alpha", 0.05)
+    status, printed, _ = run(*small(tiny_defense, out, *more))
+    assert status == 0
+    assert "error level 0.05" in printed

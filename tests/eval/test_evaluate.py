@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import io
+import tomllib
 from itertools import pairwise
 
 import pandas as pd
@@ -580,11 +581,13 @@ def test_the_csv_is_the_table_unrounded(report):
 def test_saving_writes_every_form(report, tmp_path):
     folder = report.save(tmp_path / "report")
     written = {p.name: p.read_text(encoding="utf-8") for p in folder.iterdir()}
+    assert tomllib.loads(written.pop("flags.toml"))["flag"]
     assert written == {
         "table.txt": report.to_text(),
         "table.md": report.to_markdown(),
         "table.tex": report.to_latex(),
         "table.csv": report.to_csv(),
+        "definitions.csv": report.definitions().to_csv(index=False),
     }
 
 

@@ -8,7 +8,7 @@ from ebm_defense import PurifiedClassifier, Purifier, UsageError
 from ebm_defense.attacks import PGD, Proposal, ThreatModel, Transfer
 from ebm_defense.defense import as_defense
 from ebm_defense.eval import Judge, evaluate, judge_images
-from ebm_defense.noise import chain_keys
+from ebm_defense.noise import chain_keys, derive_seed
 
 THREAT = ThreatModel(eps=0.1)
 SIZE = 4
@@ -189,6 +189,10 @@ def test_no_chain_of_an_evaluation_is_ever_run_twice():
     images, labels = bright(0.7, 0.3, 0.52, 0.9), torch.ones(4, dtype=torch.long)
     evaluate(defense, images, labels, attacks=[Transfer(attack=pgd), pgd], judge_replicates=5)
     probe = set(chain_keys(0, "probe", [0], range(1)).flatten().tolist())
+    # Flags ask whether a chain repeats, so they run some of theirs twice.
+    flags = derive_seed(0, "flags")
+    for purpose in ("replay", "first BPDA", "second BPDA"):
+        probe |= set(chain_keys(flags, purpose, [0], range(2)).flatten().tolist())
     drawn = [key for key in recorder.keys if key not in probe]
     assert len(drawn) > 100
     assert len(set(drawn)) == len(drawn)
