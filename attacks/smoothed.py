@@ -213,8 +213,9 @@ def refuse_without_corners(purifier: Purifier, image: Tensor, noise: KeyedNoise)
     """Refuse a chain in whose first step no activation would be bent, on one image `[1, …]`."""
     if not (isinstance(purifier, SteppedPurifier) and purifier.chain_steps):
         return
+    x = purifier.enter(image)
     with torch.no_grad(), Bending(1.0) as bending:
-        purifier.advance(purifier.enter(image), noise, range(1))
+        purifier.pull_step(x, x, noise, 0)  # `advance` may compute without torch's activations
     if not bending.found:
         raise UsageError(
             "the energy calls neither LeakyReLU nor ReLU, so there is nothing to smooth; use Full."

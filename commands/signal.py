@@ -36,7 +36,7 @@ class SignalCommand:
     images: int = 8
     """How many images, a stratified sample."""
     gradient: str = "bpda"
-    """bpda, full, smoothed or surrogate, with settings as in smoothed:width=0.3,stride=4."""
+    """bpda, full, smoothed or surrogate, with settings as in smoothed(width=0.3, stride=4)."""
     average: str = "logits"
     """What the cross-entropy averages over replicates: logits, softmax or log_softmax."""
     replicates: tuple[int, ...] = (1, 2, 4, 8, 16, 32)

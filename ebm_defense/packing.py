@@ -59,18 +59,24 @@ class Packing:
         while True:
             try:
                 return work()
-            except torch.cuda.OutOfMemoryError as error:
-                self.halve(error)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0]
+            # Outside the handler, which would keep the failed work's tensors alive.
+            self.halve(reason)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def halve(self, error: Exception) -> None:
-        """Take half as many chains from now on."""
+    def halve(self, reason: str) -> None:
+        """Take half as many chains from now on.
+
+        Raises:
+            UsageError: it was one already; the reason is what the device said.
+        """
         if self.chains == 1:
             raise UsageError(
-                "the device's memory does not hold a single chain; use a smaller model or a device "
-                "with more memory."
-            ) from error
+                f"the device's memory does not hold a single chain ({reason}); free memory, take a "
+                "smaller model or --device cpu."
+            )
         self.chains //= 2
         _log.warning("out of memory; %d chains run at a time from now on.", self.chains)
 

@@ -13,8 +13,9 @@ from ebm_defense.attacks.base import Attack
 from ebm_defense.defense import as_defense
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.folder import RunFolder, Shelf
-from ebm_defense.eval.measures import measure, save_measures
+from ebm_defense.eval.measures import Measures, measure, save_measures
 from ebm_defense.eval.members import fitting_gradient
+from ebm_defense.eval.memory import chains_restored
 from ebm_defense.eval.probe import probe
 from ebm_defense.eval.protocol import Protocol, Through, get_protocol
 from ebm_defense.eval.records import settings_of
@@ -75,7 +76,7 @@ def evaluate(
     settings["budget"] = {"chain_steps_an_image": planned_steps(job)}
     if workers.parts > 1:
         settings["shard"] = f"{workers.part}/{workers.parts}"
-    look = partial(measure, defense, images, labels, chosen.attacks, seed)
+    look = partial(_look, job)
     if out is None:
         return report_of(run(job, Shelf(), workers), settings, chosen, images, look())
     data = {"images": images, "labels": labels}
@@ -88,6 +89,13 @@ def evaluate(
             report.save(folder.path)
             folder.finish(*done)
     return report
+
+
+def _look(job: Job) -> Measures:
+    """Look at the model for flags, with as many chains at a time as fit."""
+    work = partial(measure, job.defense, job.images, job.labels, job.protocol.attacks, job.seed)
+    with chains_restored(job.defense):
+        return job.defense.packing.fitting(work)
 
 
 def _protocol(

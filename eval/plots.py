@@ -234,6 +234,7 @@ def _chain(report: Report) -> float | None:
 
 def _without_chain(settings: dict[str, Any]) -> None:
     settings["defense"]["purifier"].pop("steps", None)
+    settings.pop("budget", None)
 
 
 def _drop(value: Any, names: tuple[str, ...]) -> None:

@@ -58,5 +58,5 @@ def _restore(value: Any, known: dict[str, type]) -> Any:
             f"this run holds {kind!r}, which is none of ours; load it in Python with "
             "load_run(folder, kinds=[its class])."
         ) from None
-    except TypeError as error:
+    except (TypeError, UsageError) as error:
         raise UsageError(f"{kind} of another version ({error}); run it again.") from error

@@ -17,7 +17,7 @@ from torch import Tensor
 from ebm_defense.attacks.hearing import refuse_nan
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
-from ebm_defense.eval.memory import chains_restored, within_memory
+from ebm_defense.eval.memory import chains_restored
 from ebm_defense.eval.paired import mcnemar
 from ebm_defense.eval.probe import probe
 from ebm_defense.eval.records import purifier_settings
@@ -179,7 +179,7 @@ def _judge(
         for rows in torch.arange(len(labels)).split(SHARD):
             chosen = ids.iloc[rows.tolist()].tolist()
             draw = partial(draw_logits, defense, images[rows], chosen, stream)
-            logits = within_memory(defense, draw)
+            logits = defense.packing.fitting(draw)
             refuse_nan(logits, chosen)
             right.append((defense.combine(logits).argmax(-1) == labels[rows]).cpu())
             votes.append((logits.argmax(-1) == labels[rows]).float().mean(0).cpu())

@@ -20,7 +20,7 @@ from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.definitions import definition_columns
 from ebm_defense.eval.folder import Costs, Done, RunFolder, Shelf, total
-from ebm_defense.eval.memory import chains_restored, within_memory
+from ebm_defense.eval.memory import chains_restored
 from ebm_defense.eval.protocol import Protocol
 from ebm_defense.eval.records import Shard, join
 from ebm_defense.eval.verdict import (
@@ -157,7 +157,7 @@ def _run_shards(job: Job, todo: Sequence[int], shelf: Shelf | RunFolder, show: b
     meter = Meter(total=each * sum(map(len, parts)), show=show)
     try:
         for number, ids in enumerate(parts):
-            shelf.save(ids.start, within_memory(job.defense, partial(_counted, job, ids, meter)))
+            shelf.save(ids.start, job.defense.packing.fitting(partial(_counted, job, ids, meter)))
             meter.settle(each * sum(map(len, parts[number + 1 :])))
     finally:
         meter.close()

@@ -44,13 +44,17 @@ def two_class():
 
 @pytest.fixture(scope="session")
 def langevin_defense():
-    """Make a tiny float64 Langevin defense of 1×8×8 images and three classes, weights random."""
+    """Make a tiny float64 Langevin defense of 1×8×8 images, weights random."""
 
-    def make(steps: int = 3, replicates: int = 3, **options) -> PurifiedClassifier:
+    def make(
+        steps: int = 3, replicates: int = 3, classes: int = 3, **options
+    ) -> PurifiedClassifier:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             energy = ConvEnergy(ConvEnergySettings(channels=1, image_size=8, width=2))
-            classifier = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 3))
+            classifier = nn.Sequential(
+                nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, classes)
+            )
         chain = {"steps": steps, "step_size": 0.1, "temperature": 0.01}
         purifier = LangevinPurifier(energy.double().requires_grad_(False), **chain)
         return PurifiedClassifier(

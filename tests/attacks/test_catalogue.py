@@ -33,7 +33,7 @@ def test_every_attack_runs_on_a_random_defense(name, langevin_defense) -> None:
     taken = {k: v for k, v in small.items() if k in takes(name)}
     attack = make_attack(name, threat=LINF, **taken)
     images = torch.rand((2, 1, 8, 8), dtype=torch.float64, generator=torch.Generator())
-    found = attack(langevin_defense(), images, torch.arange(2))
+    found = attack(langevin_defense(classes=5), images, torch.arange(2))
     assert float(attack.threat.size(found, images).max()) <= 0.1 * (1 + 1e-9)
     assert attack.chain_steps(langevin_defense()) > 0
 

@@ -19,6 +19,7 @@ from ebm_defense.attacks import PGD, Proposal, ThreatModel, Transfer
 from ebm_defense.attacks.base import DirectCall, lenient
 from ebm_defense.attacks.gradients import Identity
 from ebm_defense.energies import ConvEnergy, ConvEnergySettings
+from ebm_defense.errors import UsageError
 from ebm_defense.eval import evaluate
 from ebm_defense.eval.flags import FLAGS, compare_views
 from ebm_defense.eval.measures import curvature
@@ -96,7 +97,10 @@ def test_zero_gradients_by_quantisation(images, labels):
 
 
 def test_gradients_that_are_no_numbers(images, labels):
-    found = raised(Linear(lambda x: x + 0.0 * (x - x).sqrt()), images, labels, STRONG)
+    model = Linear(lambda x: x + 0.0 * (x - x).sqrt())
+    with pytest.raises(UsageError, match=r"gradient for image 0, 1.* is NaN or infinite"):
+        raised(model, images, labels, STRONG)
+    found = raised(model, images, labels, replace(STRONG, steps=0))
     assert "infinite on 4" in found["no gradient"].evidence
 
 
