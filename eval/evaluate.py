@@ -12,6 +12,7 @@ from torch import Tensor
 from ebm_defense.attacks.base import Attack
 from ebm_defense.defense import as_defense
 from ebm_defense.errors import UsageError
+from ebm_defense.eval.flags import log_flags
 from ebm_defense.eval.folder import RunFolder, Shelf
 from ebm_defense.eval.measures import Measures, measure, save_measures
 from ebm_defense.eval.members import fitting_gradient
@@ -78,12 +79,15 @@ def evaluate(
         settings["shard"] = f"{workers.part}/{workers.parts}"
     look = partial(_look, job)
     if out is None:
-        return report_of(run(job, Shelf(), workers), settings, chosen, images, look())
+        report = report_of(run(job, Shelf(), workers), settings, chosen, images, look())
+        log_flags(report.flags)
+        return report
     data = {"images": images, "labels": labels}
     with RunFolder(out, settings, data, workers).claimed() as folder:
         done = run(job, folder, workers)
         measures = look() if workers.leads else None
         report = report_of(done, settings, chosen, images, measures)
+        log_flags(report.flags)
         if measures is not None:
             save_measures(folder.path, measures)
             report.save(folder.path)

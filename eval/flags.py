@@ -290,12 +290,15 @@ FLAGS: dict[str, tuple[Callable[[Evidence], Finding], str]] = {
 
 
 def raise_flags(evidence: Evidence) -> tuple[Flag, ...]:
-    """Return every flag that the evidence raises, in the order of `FLAGS`, and log them."""
-    found = tuple(
+    """Return every flag that the evidence raises, in the order of `FLAGS`."""
+    return tuple(
         Flag(name=name, evidence=words, advice=advice, attacks=attacks)
         for name, (find, advice) in FLAGS.items()
         for words, attacks in find(evidence)
     )
-    for flag in found:
+
+
+def log_flags(flags: Iterable[Flag]) -> None:
+    """Say of each flag what was seen and what to do."""
+    for flag in flags:
         LOG.warning("%s: %s. %s", flag.name, flag.evidence, flag.advice)
-    return found

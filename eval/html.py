@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ebm_defense.errors import UsageError
 from ebm_defense.eval.folder import ENVIRONMENT, read_toml
 from ebm_defense.eval.page import data_uri, png, render
 from ebm_defense.eval.plots import draw_curve, inline_svg, step_canvas
@@ -15,7 +14,7 @@ from ebm_defense.eval.runner import attack_column
 from ebm_defense.eval.statistics import Share
 
 BREAKS = 12
-FLAGS, STRIP = "flags.toml", "purification.png"
+STRIP = "purification.png"
 
 
 def report_page(report: Report, folder: Path | None = None, strip: bytes | None = None) -> str:
@@ -23,7 +22,7 @@ def report_page(report: Report, folder: Path | None = None, strip: bytes | None 
 
     Args:
         report: the run.
-        folder: its run folder, from which come the flags, the environment and the film strip.
+        folder: its run folder, from which come the environment and the film strip.
         strip: another film strip, a PNG file's content.
 
     Raises:
@@ -41,7 +40,7 @@ def report_page(report: Report, folder: Path | None = None, strip: bytes | None 
         head=list(table.columns),
         rows=table.to_numpy().tolist(),
         caption=report.caption(),
-        flags=_flags(folder),
+        flags=report.flags,
         curve=_curve(report),
         strip=_strip(folder, strip),
         breaks=list(confident_breaks(report)),
@@ -78,18 +77,6 @@ def confident_breaks(report: Report, most: int = BREAKS) -> Iterator[dict[str, A
 
 def _percent(found: Share) -> str:
     return f"{100 * found.value:.1f}% ({100 * found.low:.1f} to {100 * found.high:.1f})"
-
-
-def _flags(folder: Path | None) -> list[dict[str, Any]] | None:
-    """Return the run's flags: name, raised, evidence, advice; None if it has no such file."""
-    if folder is None or not (folder / FLAGS).is_file():
-        return None
-    tables = [v for v in read_toml(folder / FLAGS).values() if isinstance(v, list)]
-    blank = {"name": "", "raised": False, "evidence": "", "advice": ""}
-    try:
-        return [blank | dict(flag) for table in tables for flag in table]
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{folder / FLAGS} is damaged; it must hold a list of tables.") from error
 
 
 def _curve(report: Report) -> str | None:

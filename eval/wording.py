@@ -23,7 +23,9 @@ def describe_attack(attack: Attack) -> str:
             f"{attack.name}: {_steps(attack)}, {attack.gradient.name} gradient, "
             f"{attack.replicates} replicates a step."
         )
-    return f"{attack.name}: {attack.threat}, {attack.replicates} replicates a look."
+    gradient = getattr(attack, "gradient", None)
+    through = f"{gradient.name} gradient, " if gradient else ""
+    return f"{attack.name}: {attack.threat}, {through}{attack.replicates} replicates a look."
 
 
 def _steps(attack: Attack) -> str:

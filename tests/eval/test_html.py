@@ -12,13 +12,11 @@ import subprocess
 
 import pandas as pd
 import pytest
-import tomli_w
 import torch
 from PIL import Image
 
-from ebm_defense import UsageError
 from ebm_defense.attacks import PGD, ThreatModel
-from ebm_defense.eval import Protocol, Report
+from ebm_defense.eval import Flag, Protocol, Report
 from ebm_defense.eval.html import confident_breaks, report_page
 from ebm_defense.eval.page import png
 
@@ -126,28 +124,12 @@ def test_the_difference_is_grey_where_nothing_changed(report):
     assert pixels[3 * 8 + 3] in (0, 255)
 
 
-def test_flags_are_shown_with_their_evidence(report, tmp_path):
-    flags = [
-        {
-            "name": "zero gradient",
-            "raised": True,
-            "evidence": "12 of 16 <b>",
-            "advice": "Use BPDA.",
-        },
-        {"name": "saturated", "raised": False, "evidence": "none", "advice": "Not needed."},
-    ]
-    (tmp_path / "flags.toml").write_text(tomli_w.dumps({"flag": flags}))
-    text = "".join(read(report_page(report, tmp_path)).text)
-    for said in ("zero gradient – raised", "12 of 16 <b>", "Use BPDA.", "saturated"):
+def test_flags_are_shown_with_their_evidence_and_advice(report):
+    flag = Flag(name="no gradient", evidence="0 on 12 of 16 <b>", advice="Use BPDA.")
+    text = "".join(read(report_page(dataclasses.replace(report, flags=(flag,)))).text)
+    for said in ("[1] no gradient", "0 on 12 of 16 <b>", "Use BPDA."):
         assert said in text
-    assert "Not needed." not in text
-    assert "Flags" not in "".join(read(report_page(report)).text)
-
-
-def test_damaged_flags_are_named(report, tmp_path):
-    (tmp_path / "flags.toml").write_text("flag = [1, 2]")
-    with pytest.raises(UsageError, match=r"flags\.toml is damaged"):
-        report_page(report, tmp_path)
+    assert "None was raised" in "".join(read(report_page(report)).text)
 
 
 def test_a_run_without_breaks_says_so(report):
