@@ -164,14 +164,16 @@ class _Looker:
 
     def slope(self) -> Slope:
         (first, drift), (second, _) = self._look("first"), self._look("second")
+        broken = int((~first.isfinite()).any(1).sum())
         return Slope(
             images=len(first),
             zero=int((first == 0).all(1).sum()),
-            broken=int((~first.isfinite()).any(1).sum()),
+            broken=broken,
             cosine=float(torch.cosine_similarity(first, second, dim=1).mean()),
             replicates=self.attack.replicates,
             drift=drift,
-            unbounded_left=self._unbounded(),
+            # An attack that is told no numbers proves nothing.
+            unbounded_left=0 if broken else self._unbounded(),
         )
 
     def _look(self, purpose: str) -> tuple[Tensor, float]:
