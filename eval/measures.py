@@ -202,7 +202,8 @@ class _Looker:
             cosine=float(torch.cosine_similarity(first, second, dim=1).mean()),
             replicates=self.attack.replicates,
             drift=drift,
-            unbounded_left=len(first) if broken else self._unbounded(),
+            # An attack that is told no numbers proves nothing.
+            unbounded_left=0 if broken else self._unbounded(),
         )
 
     def _look(self, purpose: str) -> tuple[Tensor, float]:

@@ -269,8 +269,8 @@ def test_a_transfer_attack_that_beats_the_white_box(images, labels):
 
 
 def test_the_shipped_defense_raises_no_flag_that_is_false(shipped, sample):
-    attack = PGD(threat=THREAT, steps=10, step_size=0.025, replicates=4)
-    images, labels = sample.images[:24], sample.labels[:24]
+    attack = PGD(threat=THREAT, steps=10, step_size=0.025, replicates=2)
+    images, labels = sample.images[:16], sample.labels[:16]
     report = evaluate(shipped, images, labels, attacks=[attack], judge_replicates=16)
     assert {flag.name for flag in report.flags} <= {"randomised output", "still falling"}
 
