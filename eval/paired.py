@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import binomtest, fisher_exact
+from scipy.stats import fisher_exact
+
+from ebm_defense.eval import statistics
 
 
 def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
@@ -15,9 +17,7 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
         second: likewise, in the same order.
     """
     one, two = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
-    only_one, only_two = int((one & ~two).sum()), int((two & ~one).sum())
-    discordant = only_one + only_two
-    return float(binomtest(only_one, discordant).pvalue) if discordant else 1.0
+    return statistics.mcnemar(int((one & ~two).sum()), int((two & ~one).sum()))
 
 
 def unpaired(first: ArrayLike, second: ArrayLike) -> float:
