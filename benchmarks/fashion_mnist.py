@@ -20,11 +20,13 @@ import pandas as pd
 from ebm_defense import load_data, load_defense
 from ebm_defense.attacks import PGD, ThreatModel, Transfer
 from ebm_defense.eval import Protocol, Report, evaluate, get_protocol
+from ebm_defense.eval.statistics import paired
 from ebm_defense.files import writable_folder, write_text
 from ebm_defense.memory import keep_freed_memory
 
 EPS = 0.1
-DEFENSES = ("fashion-mnist", "fashion-mnist-smooth", "fashion-mnist-gaussian")
+CONTROL = "fashion-mnist-gaussian"
+DEFENSES = ("fashion-mnist", "fashion-mnist-smooth", CONTROL)
 IMAGES = {"transfer": 1000, "bpda": 200}
 RESULTS = Path(__file__).parent / "results"
 
@@ -73,11 +75,28 @@ def main() -> int:
     folder = writable_folder(given.out)
     images = IMAGES | {"bpda": given.bpda_images}
     reports = [(n, p, measure(n, p, images[p], folder)) for p in given.part for n in given.only]
-    text = markdown(reports)
+    text = markdown(reports) + against_control(reports)
     print(text)
     if set(given.only) == set(DEFENSES) and set(given.part) == set(PARTS):
         write_text(writable_folder(RESULTS) / "fashion_mnist.md", text)
     return 0
+
+
+def against_control(reports: list[tuple[str, str, Report]]) -> str:
+    """Return a line for each attack on each energy: its verdicts beside the control's, by image."""
+    controls = {part: report for name, part, report in reports if name == CONTROL}
+    lines = []
+    for name, part, report in reports:
+        if name == CONTROL or part not in controls:
+            continue
+        for column in (c for c in report.records if c.endswith(": stands")):
+            found = paired(report.records[column], controls[part].records[column])
+            lines.append(
+                f"- {name} against {CONTROL}, {column.partition(' ')[2].partition(':')[0]}: "
+                f"{found.only_first} images stand only with it, {found.only_second} only with the "
+                f"control (exact McNemar p = {found.p_value:.2g})\n"
+            )
+    return "".join(lines)
 
 
 def markdown(reports: list[tuple[str, str, Report]]) -> str:
