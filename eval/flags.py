@@ -174,11 +174,13 @@ def _ahead(e: Evidence, kind: Callable[[Attack], bool]) -> Finding:
 
 
 def _not_flat(e: Evidence) -> Finding:
+    if e.protocol.looks == "last":
+        return  # judged once, at the end, an attack has no curve
     for number, attack in enumerate(e.protocol.attacks):
         late = attack.looks - math.ceil(attack.looks / LATE)
         lost = int((e.column(number, "broken at") >= max(late, 1)).sum())
         total = len(e.records)
-        if attack.looks > 1 and share(lost, total).low > LOST:
+        if attack.looks > 1 and share(lost, total, interval="clopper-pearson").low > LOST:
             yield (
                 f"{attack.name} broke {lost} of {total} images in the last fifth of its steps",
                 (number,),

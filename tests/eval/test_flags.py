@@ -229,6 +229,26 @@ def test_an_attack_stopped_too_early(images, labels):
     assert "still falling" not in raised(Linear(), images, labels, replace(slow, steps=40))
 
 
+def test_an_attack_judged_once_at_its_end_has_no_curve(images, labels):
+    slow = PGD(threat=THREAT, steps=5, step_size=0.01, replicates=1, random_start=False)
+    protocol = Protocol(name="mine", attacks=(slow,), judge_replicates=4, looks="last")
+    report = evaluate(Linear(), images, labels, protocol)
+    assert report.robust().value < 0.9
+    assert "still falling" not in {flag.name for flag in report.flags}
+
+
+@pytest.mark.parametrize(
+    ("late", "total", "flagged"), [(1, 8, False), (3, 40, False), (4, 40, True)]
+)
+def test_few_images_lost_late_are_no_sign(images, labels, late, total, flagged):
+    protocol = Protocol(name="mine", attacks=(STRONG,), judge_replicates=1)
+    broken = [10] * late + [-1] * (total - late)
+    measures = measure(as_defense(Linear()), images, labels, (), 0)
+    records = pd.DataFrame({"0 PGD-10: broken at": broken})
+    evidence = Evidence(protocol=protocol, records=records, measures=measures)
+    assert bool(list(FLAGS["still falling"][0](evidence))) == flagged
+
+
 @dataclass(frozen=True, kw_only=True)
 class Guess(DirectCall):
     """A black box attack that happens to know the way."""
