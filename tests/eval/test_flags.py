@@ -10,6 +10,7 @@ import tomllib
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -18,11 +19,12 @@ from ebm_defense import LangevinPurifier, PurifiedClassifier, Purifier
 from ebm_defense.attacks import PGD, Proposal, ThreatModel, Transfer
 from ebm_defense.attacks.base import DirectCall, lenient
 from ebm_defense.attacks.gradients import Identity
+from ebm_defense.defense import as_defense
 from ebm_defense.energies import ConvEnergy, ConvEnergySettings
 from ebm_defense.errors import UsageError
-from ebm_defense.eval import evaluate
-from ebm_defense.eval.flags import FLAGS, compare_views
-from ebm_defense.eval.measures import curvature
+from ebm_defense.eval import Protocol, evaluate
+from ebm_defense.eval.flags import FLAGS, Evidence, compare_views
+from ebm_defense.eval.measures import curvature, measure
 
 COUNT, SIZE, CLASSES = 32, 8, 10
 THREAT = ThreatModel(eps=0.1)
