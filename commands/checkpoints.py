@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ebm_defense.errors import UsageError
-from ebm_defense.weights import import_published_cifar10, shipped, shipped_folder, verify
+from ebm_defense.weights import find_folder, import_published_cifar10, shipped, verify
 
 PUBLISHED_CIFAR10 = "ebm-defense-cifar10"
 
@@ -25,7 +25,7 @@ class Checkpoints:
     action: Annotated[Literal["list", "verify", "import"], tyro.conf.Positional] = "list"
     """What to do."""
     name: Annotated[str | None, tyro.conf.Positional] = None
-    """verify: a folder instead of all shipped defenses; import: ebm-defense-cifar10."""
+    """verify: a shipped name or a folder instead of all shipped; import: ebm-defense-cifar10."""
     ebm: Path | None = None
     """import: the energy's state_dict."""
     clf: Path | None = None
@@ -43,8 +43,8 @@ class Checkpoints:
             print(f"{name:<24} {settings.description}")
 
     def _verify(self) -> None:
-        shipped_ones = [shipped_folder() / s.name for s in shipped()]
-        for folder in [Path(self.name)] if self.name else shipped_ones:
+        for name in [self.name] if self.name else [s.name for s in shipped()]:
+            folder = find_folder(name)
             verify(folder)
             print(f"{folder.name}: every file is the one that SHA256SUMS lists")
 

@@ -143,5 +143,7 @@ def test_checkpoints_lists_and_verifies_what_ships(run) -> None:
     assert status == 0
     assert "fashion-mnist" in listed
     assert run("checkpoints", "verify")[0] == 0
+    assert run("checkpoints", "verify", "fashion-mnist")[0] == 0
+    assert run("checkpoints", "verify", "nowhere")[0] == 2
     assert run("checkpoints", "import", "something")[0] == 2
     assert run("checkpoints", "import", "ebm-defense-cifar10")[0] == 2
