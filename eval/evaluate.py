@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -77,17 +78,21 @@ def evaluate(
     settings["budget"] = {"chain_steps_an_image": planned_steps(job)}
     if workers.parts > 1:
         settings["shard"] = f"{workers.part}/{workers.parts}"
-    look = partial(_look, job)
     if out is None:
-        report = report_of(run(job, Shelf(), workers), settings, chosen, images, look())
-        log_flags(report.flags)
-        return report
-    data = {"images": images, "labels": labels}
+        report = report_of(run(job, Shelf(), workers), settings, chosen, images, _look(job))
+    else:
+        report = _kept(job, settings, out, workers)
+    log_flags(report.flags)
+    return report
+
+
+def _kept(job: Job, settings: dict[str, Any], out: str | Path, workers: Workers) -> Report:
+    """Run a job in its folder; the process that leads writes the end."""
+    data = {"images": job.images, "labels": job.labels}
     with RunFolder(out, settings, data, workers).claimed() as folder:
         done = run(job, folder, workers)
-        measures = look() if workers.leads else None
-        report = report_of(done, settings, chosen, images, measures)
-        log_flags(report.flags)
+        measures = _look(job) if workers.leads else None
+        report = report_of(done, settings, job.protocol, job.images, measures)
         if measures is not None:
             save_measures(folder.path, measures)
             report.save(folder.path)
