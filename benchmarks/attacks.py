@@ -1,12 +1,15 @@
 """Which attack is strongest: every gradient, loss and optimiser on one defense, in one table.
 
-    python benchmarks/attacks.py                                     # hours on two CPU cores
+    python benchmarks/attacks.py                                     # an hour on one CPU core
     python benchmarks/attacks.py --defense fashion-mnist-smooth --gradient full
-    python benchmarks/attacks.py --only pgd square --images 64 --split val
+    python benchmarks/attacks.py --only pgd square --images 8 16 32 --split val
 
-Each attack is a run of its own on the same images, judged on the same number of fresh draws, so
-a run cut short goes on where it stopped. Beside robust accuracy stand what it cost, in chain-steps
-(as spent: a broken image costs no more) and in seconds, and the worst of all attacks so far.
+Each attack is a run of its own, judged on the same number of fresh draws, so a run cut short goes
+on where it stopped. The dearer an attack, the fewer images it gets: always the first ones of the
+same sample, so that any two rows share the images of the smaller. Beside robust accuracy stand
+that of BPDA (PGD on cross-entropy) on the same images, the worst image by image of this attack and
+all above it on the images that all rows share, and what it cost, as spent: a broken image costs
+no more.
 """
 
 from __future__ import annotations
@@ -15,114 +18,168 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from ebm_defense import PurifiedClassifier, load_data, load_defense
-from ebm_defense.attacks import Attack, ThreatModel, make_attack
+from ebm_defense.attacks import ThreatModel, make_attack
 from ebm_defense.data import Images, dataset
 from ebm_defense.eval import Report, evaluate
 from ebm_defense.eval.runner import attack_column
-from ebm_defense.eval.statistics import share
+from ebm_defense.eval.statistics import Share, share
 from ebm_defense.files import writable_folder, write_text
 from ebm_defense.memory import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 CLIMBS = ("pgd", "apgd")
 LOSSES = ("ce", "dlr")
+TIERS = ("cheap", "gradient", "dear")
 
 
-def specs(given: argparse.Namespace) -> list[str]:
-    """Return the attacks by their names and settings, cheapest first."""
-    both = [
-        f"{climb}(steps={given.steps}, replicates={given.replicates}, loss='{loss}', "
-        f'gradient="{gradient}")'
-        for gradient in ("bpda", given.gradient)
-        for climb in CLIMBS
-        for loss in LOSSES
-    ]
+class Contest(NamedTuple):
+    """One attack by its name and settings, and the tier that says how many images it gets."""
+
+    spec: str
+    tier: str
+
+
+class Outcome(NamedTuple):
+    """What an attack left standing of its images, bool `[b]`, and its cost over all of them."""
+
+    stands: Tensor
+    steps: float
+    seconds: float
+
+
+def contests(given: argparse.Namespace) -> list[Contest]:
+    """Return the attacks, cheapest first."""
     g = given.gradient
+    both = [
+        Contest(
+            f"{climb}(steps={given.steps}, replicates={given.replicates}, loss='{loss}', "
+            f'gradient="{gradient}")',
+            tier,
+        )
+        for gradient, tier in (("bpda", "cheap"), (g, "gradient"))
+        for loss in LOSSES
+        for climb in CLIMBS
+    ]
     return [
-        f"transfer(steps=40, replicates={given.replicates})",
-        *both,
-        f'diffhammer(steps={given.steps}, restarts=1, gradient="{g}")',
-        f'apgd-t(targets=3, steps=30, replicates={given.replicates}, gradient="{g}")',
-        "square(steps=500, replicates=4, rescale=True)",
-        "spsa(steps=20, gradient='score-free(samples=64)')",
+        *both[:1],
+        Contest(f"transfer(steps=40, replicates={given.replicates})", "cheap"),
+        *both[1:],
+        Contest(f'diffhammer(steps={given.steps}, restarts=1, gradient="{g}")', "gradient"),
+        Contest(
+            f'apgd-t(targets=3, steps=30, replicates={given.replicates}, gradient="{g}")', "dear"
+        ),
+        Contest("square(steps=500, replicates=4, rescale=True)", "dear"),
+        Contest("spsa(steps=20, gradient='score-free(samples=64)')", "dear"),
     ]
 
 
 def measure(
-    defense: PurifiedClassifier, data: Images, text: str, given: argparse.Namespace
-) -> tuple[Attack, Report]:
+    defense: PurifiedClassifier, data: Images, contest: Contest, given: argparse.Namespace
+) -> Outcome:
     """Run one attack, or read it from its finished shards."""
-    eps = dataset(given.data).eps
-    attack = make_attack(text, threat=ThreatModel(eps=eps))
-    name = re.sub(r"[^a-z0-9.]+", "-", text).strip("-")
-    out = given.out / f"{given.defense}-{given.split}-{len(data.labels)}-{name}"
-    judged = given.judge_replicates
-    report = evaluate(
-        defense, *data, attacks=[attack], judge_replicates=judged, seed=given.seed, out=out
+    attack = make_attack(contest.spec, threat=ThreatModel(eps=dataset(given.data).eps))
+    name = re.sub(r"[^a-z0-9.]+", "-", contest.spec).strip("-")
+    report: Report = evaluate(
+        defense,
+        *data,
+        attacks=[attack],
+        judge_replicates=given.judge_replicates,
+        seed=given.seed,
+        out=given.out / f"{given.defense}-{given.split}-{len(data.labels)}-{name}",
     )
-    return attack, report
+    stands = report.records[f"{attack_column(0, attack)}: stands"].to_numpy()
+    steps, seconds = (cost.get(attack.name, 0.0) for cost in (report.chain_steps, report.seconds))
+    return Outcome(torch.tensor(stands).bool(), steps, seconds)
 
 
-def line(attack: Attack, report: Report, text: str, worst: torch.Tensor) -> dict[str, Any]:
+def percent(found: Share) -> str:
+    """Return a share as a percentage."""
+    return f"{100 * found.value:.1f}"
+
+
+def of(stands: Tensor) -> Share:
+    """Return the share of images that stand, with its interval."""
+    return share(int(stands.sum()), len(stands))
+
+
+def line(spec: str, outcome: Outcome, bpda: Tensor, worst: Tensor) -> dict[str, Any]:
     """Return an attack's row; `worst` is lowered to what stands under all so far."""
-    column = attack_column(0, attack)
-    worst &= torch.tensor(report.records[f"{column}: stands"].to_numpy()).bool()
-    found, left = report.robust(), share(int(worst.sum()), len(worst))
-    spent, seconds = report.chain_steps.get(attack.name), report.seconds.get(attack.name)
+    count = len(outcome.stands)
+    worst &= outcome.stands[: len(worst)]
+    found = of(outcome.stands)
     return {
-        "attack": text,
-        "robust %": f"{100 * found.value:.1f}",
+        "attack": spec,
+        "images": count,
+        "robust %": percent(found),
         "95% interval": f"{100 * found.low:.1f} to {100 * found.high:.1f}",
-        "worst so far %": f"{100 * left.value:.1f}",
-        "chain-steps an image": "earlier" if spent is None else f"{spent / len(worst):,.0f}",
-        "seconds": "earlier" if seconds is None else f"{seconds:.0f}",
+        "BPDA on these %": percent(of(bpda[:count])),
+        f"worst so far of {len(worst)} %": percent(of(worst)),
+        "chain-steps an image": f"{outcome.steps / count:,.0f}",
+        "seconds an image": f"{outcome.seconds / count:.1f}",
     }
 
 
 def main() -> int:
     """Measure, print a line as soon as it is there, and keep the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--defense", default="fashion-mnist")
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument(
+        "--images", type=int, nargs=3, default=[200, 64, 32], metavar="N", help=", ".join(TIERS)
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--replicates", type=int, default=8)
     parser.add_argument("--judge-replicates", type=int, default=64)
     parser.add_argument("--gradient", default="smoothed", help="beside bpda: full, smoothed(…)")
-    parser.add_argument("--only", nargs="*", help="attacks whose names begin so")
+    parser.add_argument("--only", nargs="*", help="attacks whose names begin so, after the first")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/attacks"))
     given = parser.parse_args()
     keep_freed_memory()
     writable_folder(given.out)
-    data = load_data(given.data, given.split, given.images)
-    defense = load_defense(given.defense, seed=0)
-    wanted = [s for s in specs(given) if s.startswith(tuple(given.only or [""]))]
-    worst, lines = torch.ones(len(data.labels), dtype=torch.bool), []
-    for text in wanted:
-        lines.append(line(*measure(defense, data, text, given), text, worst))
-        print(*lines[-1].values(), sep=" | ", flush=True)
+    lines = compete(given)
     table = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
-    caption = (
-        f"{given.defense}: {len(data.labels)} {given.split} images, {attack_caption(given)}, "
-        f"judged on {given.judge_replicates} fresh draws, 95% Wilson intervals, seed {given.seed}."
-    )
-    print(f"\n{table}\n\n{caption}")
-    name = f"attacks-{given.defense}-{given.split}-{len(data.labels)}.md"
-    write_text(writable_folder(RESULTS) / name, f"{table}\n\n{caption}\n")
+    print(f"\n{table}\n\n{caption(given)}")
+    name = f"attacks-{given.defense}-{given.split}.md"
+    write_text(writable_folder(RESULTS) / name, f"{table}\n\n{caption(given)}\n")
     return 0
 
 
-def attack_caption(given: argparse.Namespace) -> str:
-    """Return what all attacks share."""
-    return f"Linf {dataset(given.data).eps:g}, as many steps and replicates as each row says"
+def compete(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run the attacks that were asked for, and return their rows."""
+    images = dict(zip(TIERS, given.images, strict=True))
+    data = load_data(given.data, given.split, max(given.images))
+    defense = load_defense(given.defense, seed=0)
+    first, *others = contests(given)
+    wanted = [first, *(c for c in others if c.spec.startswith(tuple(given.only or [""])))]
+    worst = torch.ones(min(given.images), dtype=torch.bool)
+    bpda, lines = worst, []
+    for contest in wanted:
+        some = Images(*(part[: images[contest.tier]] for part in data))
+        outcome = measure(defense, some, contest, given)
+        bpda = outcome.stands if contest is first else bpda
+        lines.append(line(contest.spec, outcome, bpda, worst))
+        print(*lines[-1].values(), sep=" | ", flush=True)
+    return lines
+
+
+def caption(given: argparse.Namespace) -> str:
+    """Return what all rows share."""
+    steps = load_defense(given.defense).purifier.chain_steps
+    return (
+        f"{given.defense}, {given.split} images, Linf {dataset(given.data).eps:g}, steps and "
+        f"attack replicates as each row says, {steps} Langevin steps, judged on "
+        f"{given.judge_replicates} fresh draws (two-stage rule), 95% Wilson intervals, seed "
+        f"{given.seed}."
+    )
 
 
 if __name__ == "__main__":
