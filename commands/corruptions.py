@@ -47,8 +47,9 @@ class Corruptions:
     """Fresh replicates an image; the defense's own number if not given."""
     langevin_steps: int | None = None
     """Langevin steps K, instead of the defense's own."""
-    max_chains: int = 400
-    """Chains that run at a time, which bounds memory."""
+    max_chains: int | None = None
+    """Chains that run at a time, which bounds memory; if not given, 400 on a CPU and as many as
+    fit on a GPU."""
     device: Device = "auto"
     """Where to compute."""
     seed: int = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,19 +20,19 @@ from ebm_defense.commands.parts import (
     write_settings,
 )
 from ebm_defense.commands.sweep import grid
-from ebm_defense.data import Images, dataset, load_data
+from ebm_defense.data import dataset, load_data
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.eval import Protocol, Report, evaluate, get_protocol, load_protocol
 from ebm_defense.eval.choice import choose
 from ebm_defense.eval.compare import compare
 from ebm_defense.eval.figures import draw_strip, purification_rows
+from ebm_defense.eval.forecast import forecast
 from ebm_defense.eval.members import fitting_gradient
-from ebm_defense.eval.probe import probe
 from ebm_defense.eval.protocol import Through
 from ebm_defense.eval.reading import load_run
 from ebm_defense.eval.records import default_folder
-from ebm_defense.eval.runner import SHARD, Job, attack_column, planned_steps
+from ebm_defense.eval.runner import Job, attack_column
 from ebm_defense.eval.wording import describe_attack
 from ebm_defense.eval.workers import Workers
 from ebm_defense.langevin import LangevinSettings
@@ -43,7 +42,6 @@ from ebm_defense.weights import load_defense
 COMMAND = "command.toml"
 ALONE_SHARD = "1/1"
 PICTURED = 8
-TIMED_SECONDS = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +110,9 @@ class Evaluate:
     purifier: str | None = None
     """Another purifier: a shipped name, a folder, none, gaussian:0.25, jpeg:75, bits:3, tv:0.1,
     median:3 or package.module:factory."""
-    max_chains: int = 400
-    """Chains that run at a time, which bounds memory."""
+    max_chains: int | None = None
+    """Chains that run at a time, which bounds memory; if not given, 400 on a CPU and as many as
+    fit on a GPU."""
     device: Device = "auto"
     """Where to compute."""
     seed: int = 0
@@ -139,7 +138,10 @@ class Evaluate:
         images, labels = data.images.to(device), data.labels.to(device)
         protocol = self._protocol(partial(fitting_gradient, defense, images))
         if self.dry_run:
-            print(plan(defense, Images(images, labels), protocol, self.seed))
+            job = Job(
+                defense=defense, images=images, labels=labels, protocol=protocol, seed=self.seed
+            )
+            print(forecast(job))
             return 0
         workers, out = Workers.of(self.shard), self._out()
         report = evaluate(
@@ -259,39 +261,3 @@ def draw_breaks(
         classes=classes,
         title=describe_attack(attack),
     )
-
-
-def plan(defense: PurifiedClassifier, data: Images, protocol: Protocol, seed: int) -> str:
-    """Return what an evaluation will cost, measured on a short piece of it."""
-    probe(defense, data.images, data.labels)
-    job = Job(defense=defense, images=data.images, labels=data.labels, protocol=protocol, seed=seed)
-    steps = planned_steps(job) * len(data.labels)
-    chains = min(defense.max_chains, SHARD * protocol.attacks[-1].replicates)
-    rate = _chain_steps_per_second(defense, data.images, chains)
-    memory = chains * data.images[0].numel() * 4 * 200 / 2**30
-    hours = steps / rate / 3600 if rate else 0.0
-    return (
-        f"protocol {protocol.name}, {len(data.labels)} images\n"
-        f"chain-steps: {steps:,} if every image stands to the end, verifications not counted\n"
-        f"expected time: {hours:.2f} h at {rate:,.0f} chain-steps a second, measured now\n"
-        f"memory: about {memory:.1f} GiB for {chains} chains at a time, besides the program's own"
-    )
-
-
-def _chain_steps_per_second(
-    defense: PurifiedClassifier, images: torch.Tensor, chains: int
-) -> float:
-    if defense.purifier.chain_steps == 0:
-        return 0.0
-    short = defense.purifier
-    assert isinstance(short, LangevinPurifier)
-    few = LangevinPurifier(
-        short.energy, 5, short.settings.step_size, short.settings.temperature, short.precision
-    )
-    batch = images[torch.arange(chains) % len(images)]
-    few(batch)
-    begun, done = time.perf_counter(), 0
-    while time.perf_counter() - begun < TIMED_SECONDS:
-        few(batch)
-        done += 5 * chains
-    return done / (time.perf_counter() - begun)

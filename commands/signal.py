@@ -45,8 +45,9 @@ class SignalCommand:
     """Langevin steps K, instead of the defense's own."""
     purifier: str | None = None
     """Another purifier: a shipped name, a folder, gaussian:0.25 or package.module:factory."""
-    max_chains: int = 400
-    """Chains that run at a time, which bounds memory."""
+    max_chains: int | None = None
+    """Chains that run at a time, which bounds memory; if not given, 400 on a CPU and as many as
+    fit on a GPU."""
     device: Device = "auto"
     """Where to compute."""
     seed: int = 0

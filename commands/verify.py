@@ -17,6 +17,7 @@ from ebm_defense.eval.reading import load_run
 from ebm_defense.eval.report import Report
 from ebm_defense.eval.reverify import next_number, reverify
 from ebm_defense.fingerprint import fingerprint
+from ebm_defense.packing import Packing
 from ebm_defense.weights import load_defense
 
 
@@ -36,8 +37,9 @@ class Verify:
     """Seed of the draws; a new one for each verification if not given."""
     replicates: int | None = None
     """Draws an image; as many as the run's verifications if not given."""
-    max_chains: int = 400
-    """Chains that run at a time, which bounds memory."""
+    max_chains: int | None = None
+    """Chains that run at a time, which bounds memory; if not given, 400 on a CPU and as many as
+    fit on a GPU."""
     device: Device = "auto"
     """Where to compute."""
 
@@ -67,5 +69,5 @@ class Verify:
                 f"the defense that {file} names has other weights now than in this run; name one "
                 "with --defense to judge the images by it."
             )
-        own.max_chains = self.max_chains
+        own.packing = Packing(self.max_chains)
         return own

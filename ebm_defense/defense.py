@@ -67,8 +67,9 @@ class PurifiedClassifier(nn.Module):
         replicates: purifications an image, at least 1; a deterministic purifier needs and uses one.
         average: a name in `AVERAGES`.
         max_chains: how many chains run at a time, which bounds memory whatever `replicates` is;
-            None for as many as the free memory holds, measured at the first call. Out of memory,
-            it is halved and the work done again; noise does not depend on it.
+            None for 400 on a CPU, and on a GPU for as many as the free memory holds, measured at
+            the first call that has more than 400. Out of memory, it is halved and the work done
+            again; noise does not depend on it.
         seed: seed of the calls' noise; None for fresh noise. Two calls always differ.
         undefended: the classifier that reports show as undefended; `classifier` if not given.
 
@@ -83,7 +84,7 @@ class PurifiedClassifier(nn.Module):
         replicates: int = 16,
         *,
         average: str = "logits",
-        max_chains: int | None = 400,
+        max_chains: int | None = None,
         seed: int | None = None,
         undefended: nn.Module | None = None,
     ) -> None:

@@ -34,6 +34,10 @@ class Packing:
         self.chains = USUAL if chains is None else chains
         self.measured = chains is not None
 
+    def aim(self, device: torch.device) -> int:
+        """Return how many chains are worth having ready at a time, before or after measuring."""
+        return LARGEST if device.type == "cuda" and not self.measured else self.chains
+
     def measure(self, work: Work, keys: Tensor) -> None:
         """Find the number once, from the memory that the first few chains of `keys` `[r, b]` take.
 

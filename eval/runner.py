@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -152,20 +153,55 @@ def gather(finished: Sequence[Done]) -> Done:
 
 
 def _run_shards(job: Job, todo: Sequence[int], shelf: Shelf | RunFolder, show: bool | None) -> None:
-    each = planned_steps(job)
+    each, fitting = planned_steps(job), job.defense.packing.fitting
     parts = [range(start, min(start + SHARD, len(job.labels))) for start in todo]
     meter = Meter(total=each * sum(map(len, parts)), show=show)
     try:
-        for number, ids in enumerate(parts):
-            shelf.save(ids.start, job.defense.packing.fitting(partial(_counted, job, ids, meter)))
-            meter.settle(each * sum(map(len, parts[number + 1 :])))
+        while parts:
+            batch, parts = parts[: shards_at_once(job)], parts[shards_at_once(job) :]
+            done = fitting(partial(_counted, job, [i for ids in batch for i in ids], meter))
+            for ids, shard in zip(batch, split(done, [len(ids) for ids in batch]), strict=True):
+                shelf.save(ids.start, shard)
+            meter.settle(each * sum(map(len, parts)))
     finally:
         meter.close()
 
 
-def _counted(job: Job, ids: range, meter: Meter) -> Done:
+def shards_at_once(job: Job) -> int:
+    """Return how many shards are run as one batch: as many as fill the chains that run at a time.
+
+    So a GPU is not left with the few chains of one shard's last standing images. Noise belongs to
+    an image, so the records do not depend on it.
+    """
+    most = max(attack.replicates for attack in job.protocol.attacks)
+    chains = SHARD * len(attack_replicates(most, job.defense))
+    return max(1, job.defense.packing.aim(job.images.device) // chains)
+
+
+def _counted(job: Job, ids: Sequence[int], meter: Meter) -> Done:
     meter.take()  # what a try that ran out of memory has cost is no cost of the shard
     return Done(run_shard(job, ids, meter), meter.take())
+
+
+def split(done: Done, sizes: Sequence[int]) -> list[Done]:
+    """Cut what was run as one batch into shards of so many images, the cost in proportion."""
+    ends = list(itertools.accumulate(sizes))
+    return [_cut(done, slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _cut(done: Done, rows: slice) -> Done:
+    records, images = done.shard
+    share = (rows.stop - rows.start) / len(records)
+    return Done(
+        (
+            records.iloc[rows].reset_index(drop=True),
+            {name: found[rows].clone() for name, found in images.items()},
+        ),
+        {
+            what: {phase: cost * share for phase, cost in phases.items()}
+            for what, phases in done.costs.items()
+        },
+    )
 
 
 class Part(NamedTuple):
@@ -176,9 +212,9 @@ class Part(NamedTuple):
     ids: list[int]
 
 
-def run_shard(job: Job, ids: range, meter: Meter) -> Shard:
+def run_shard(job: Job, ids: Sequence[int], meter: Meter) -> Shard:
     """Evaluate the images of `ids`: undefended, clean, then each attack in the protocol's order."""
-    part = Part(job.images[ids.start : ids.stop], job.labels[ids.start : ids.stop], list(ids))
+    part = Part(job.images[list(ids)], job.labels[list(ids)], list(ids))
     columns: Columns = {"image": part.ids, "label": part.labels.tolist()}
     adversarial: dict[str, Tensor] = {}
     if job.bare is not None:

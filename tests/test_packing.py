@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ebm_defense import PurifiedClassifier, UsageError
-from ebm_defense.packing import Packing, chains_in
+from ebm_defense.packing import LARGEST, USUAL, Packing, chains_in
 
 
 class Small:
@@ -68,6 +68,13 @@ def test_other_errors_are_not_swallowed():
     with pytest.raises(RuntimeError, match="something else"):
         packing.fitting(fail)
     assert packing.chains == 8
+
+
+def test_a_gpu_that_is_not_measured_yet_is_aimed_at_the_most_chains():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert Packing(None).aim(gpu) == LARGEST
+    assert Packing(None).aim(cpu) == USUAL
+    assert Packing(37).aim(gpu) == Packing(37).aim(cpu) == 37
 
 
 def test_none_is_measured_on_a_gpu_and_the_usual_on_a_cpu(langevin_defense, images):

@@ -84,6 +84,8 @@ class Small(NamedTuple):
 def small(langevin_defense, monkeypatch) -> Small:
     for name in ("runner", "merge"):
         monkeypatch.setattr(importlib.import_module(f"ebm_defense.eval.{name}"), "SHARD", 2)
+    runner = importlib.import_module("ebm_defense.eval.runner")
+    monkeypatch.setattr(runner, "shards_at_once", lambda job: 1)
     generator = torch.Generator().manual_seed(5)
     images = torch.rand((COUNT, 1, 8, 8), generator=generator, dtype=torch.float64)
     labels = langevin_defense(replicates=50)(images).argmax(1)

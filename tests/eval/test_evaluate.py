@@ -92,8 +92,41 @@ def test_records_do_not_depend_on_the_size_of_a_shard(
 ):
     whole = evaluate(langevin_defense(), images, labels, **BUDGET)
     monkeypatch.setattr(runner, "SHARD", 3)
+    monkeypatch.setattr(runner, "shards_at_once", lambda job: 1)
     parts = evaluate(langevin_defense(), images, labels, **BUDGET)
     same(whole.records, parts.records, rtol=1e-9, atol=1e-9)
+
+
+def test_shards_are_run_together_until_they_fill_the_chains(
+    langevin_defense, images, labels, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(runner, "SHARD", 3)
+    run_shard, sizes = runner.run_shard, []
+
+    def counted(job, ids, meter):
+        sizes.append(len(ids))
+        return run_shard(job, ids, meter)
+
+    monkeypatch.setattr(runner, "run_shard", counted)
+    found = {
+        chains: evaluate(
+            langevin_defense(max_chains=chains),
+            images,
+            labels,
+            out=tmp_path / str(chains),
+            **BUDGET,
+        )
+        for chains in (5, 12, 400)
+    }
+    # 3 images of 2 replicates are 6 chains, so 12 chains are two shards.
+    assert sizes == [3, 3, 3, 1, 6, 4, 10]
+    alone = found[5]
+    for chains in (12, 400):
+        same(alone.records, found[chains].records, rtol=1e-9, atol=1e-9)
+        assert found[chains].chain_steps == pytest.approx(alone.chain_steps)
+        for file in (tmp_path / "5" / "shards").glob("*.csv"):
+            other = tmp_path / str(chains) / "shards" / file.name
+            same(pd.read_csv(file), pd.read_csv(other), rtol=1e-9, atol=1e-9)
 
 
 def test_adversarial_images_obey_the_threat_model(langevin_defense, images, labels):
@@ -120,6 +153,7 @@ def test_a_natural_error_counts_as_broken_at_the_start(langevin_defense, images,
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr(runner, "SHARD", 4)
+    monkeypatch.setattr(runner, "shards_at_once", lambda job: 1)
 
 
 @pytest.fixture
