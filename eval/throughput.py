@@ -200,7 +200,7 @@ def gradient_through(
 
 def precisions_here(device: torch.device) -> list[str]:
     """Return the precisions worth measuring on a device: fp32, and bf16 where it is native."""
-    fastest = resolve_precision("auto", device, torch.float32)
+    fastest = resolve_precision("fastest", device, torch.float32)
     return list(dict.fromkeys(["fp32", fastest]))
 
 
