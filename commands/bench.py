@@ -12,7 +12,7 @@ import torch
 from ebm_defense.commands.parts import Device, resolve_device
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.records import environment
-from ebm_defense.eval.throughput import PUBLISHED, Cell, Protocol, measure, precisions_here
+from ebm_defense.eval.throughput import PUBLISHED, Cell, PublishedCost, measure, precisions_here
 from ebm_defense.files import atomic, writable_folder, write_text
 from ebm_defense.roofline import LAYOUTS, Ceilings, measure_ceilings
 from ebm_defense.timing import CLOCKS
@@ -121,7 +121,7 @@ def write_results(out: Path, ceilings: list[Ceilings], cells: list[Cell], clock:
 
 def projection(cells: list[Cell]) -> str:
     """Return the time of the whole published protocol at each layout's best rate, as Markdown."""
-    p = Protocol()
+    p = PublishedCost()
     rows = [
         {
             "layout": layout,

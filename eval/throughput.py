@@ -205,7 +205,7 @@ def precisions_here(device: torch.device) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Protocol:
+class PublishedCost:
     """What a whole evaluation by the published protocol costs, classifier passes left out.
 
     Attributes:

@@ -8,7 +8,7 @@ import torch
 from ebm_defense import purifiers
 from ebm_defense.energies import ConvEnergy, ConvEnergySettings
 from ebm_defense.eval import throughput
-from ebm_defense.eval.throughput import Protocol, measure, published_chain
+from ebm_defense.eval.throughput import PublishedCost, measure, published_chain
 from ebm_defense.langevin import LangevinSettings, run_chain
 from ebm_defense.roofline import LAYOUTS, Ceilings, product_work, step_work
 
@@ -95,8 +95,8 @@ def test_the_gradient_takes_a_product_a_stride_in_fp32(activation, monkeypatch):
 
 
 def test_the_published_protocol_costs_what_is_known_of_it():
-    plain = Protocol(verifications=0.0)
+    plain = PublishedCost(verifications=0.0)
     assert plain.chain_steps(1, drop_broken=False) == 52 * 15 * 1500
-    assert Protocol().chain_steps(2, drop_broken=False) == 2 * (52 * 15 * 1500 + 2 * 225_000)
-    dropped = Protocol(verifications=0.0, robust=0.5, broken_after=0.5)
+    assert PublishedCost().chain_steps(2, drop_broken=False) == 2 * (52 * 15 * 1500 + 2 * 225_000)
+    dropped = PublishedCost(verifications=0.0, robust=0.5, broken_after=0.5)
     assert dropped.chain_steps(1, drop_broken=True) == 0.75 * 52 * 15 * 1500
