@@ -15,28 +15,22 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
-import resource
 import sys
-import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 import pandas as pd
 import torch
 
-from ebm_defense import ConvEnergy, ConvEnergySettings, LangevinPurifier, PurifiedClassifier
+from ebm_defense import ConvEnergy
 from ebm_defense.attacks import Full
 from ebm_defense.energies import channels_last
+from ebm_defense.eval.throughput import forward_chain, gradient_through, start_of
 from ebm_defense.memory import keep_freed_memory
-from ebm_defense.noise import KeyedNoise, chain_keys
+from ebm_defense.roofline import LAYOUTS
+from ebm_defense.timing import CLOCKS, peak_memory, timed
 
-LAYOUTS = {
-    "cifar10": ConvEnergySettings(activation="soft_lrelu"),
-    "fashion-mnist": ConvEnergySettings(
-        channels=1, image_size=28, width=16, activation="soft_lrelu"
-    ),
-}
+SMOOTH = ("cifar10-smooth", "fashion-mnist-16-smooth")
 MIB = 2**20
 WARM = 5
 
@@ -56,64 +50,39 @@ class Case(NamedTuple):
 def measure(case: Case) -> dict[str, str | int]:
     """Run forward chain and full gradient once each, and return the table's line."""
     keep_freed_memory()
-    shape = LAYOUTS[case.layout]
+    settings, device = LAYOUTS[case.layout], torch.device(case.device)
+    clock = CLOCKS["cpu" if case.device == "cpu" else "wall"]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        energy = channels_last(ConvEnergy(shape).requires_grad_(False))
-    purifier = LangevinPurifier(energy, case.steps, precision=case.precision)
-    defense = PurifiedClassifier(torch.nn.Flatten(), purifier, max_chains=case.max_chains)
-    defense.to(case.device)
-    size = shape.image_size
-    images = torch.full((case.batch, shape.channels, size, size), 0.5, device=case.device)
-    keys = chain_keys(0, "benchmark", range(case.batch), range(1))
+        energy = channels_last(ConvEnergy(settings).requires_grad_(False)).to(device)
     gradient = Full(store=case.store, precision=case.precision)
-    with torch.no_grad():
-        warm_up(purifier, images)
-        forward = clock(lambda: defense.purify_replicates(images, keys), case.device)
-        before = peak(case.device)
-        full = clock(lambda: gradient.purify(defense, images, keys).pull(images[None]), case.device)
+    short = start_of(settings, case.batch, WARM, device)
+    forward_chain(energy, short, case.precision)()  # what happens only once is not in the times
+    start = start_of(settings, case.batch, case.steps, device)
+    seconds: list[float] = []
+    peaks: list[int] = []
+    for run in (
+        forward_chain(energy, start, case.precision),
+        gradient_through(energy, start, case.precision, gradient, case.max_chains),
+    ):
+        peak = peak_memory(lambda run=run: seconds.append(timed(run, device, clock)), device)
+        peaks.append(peak or 0)
     kept = case.steps if case.store == "all" else math.isqrt(case.steps)
     return {
         "energy": case.layout,
         "K": case.steps,
         "store": case.store,
-        "states MiB": f"{kept * images.numel() * images.element_size() / MIB:.1f}",
-        "peak MiB": f"{(peak(case.device) - before) / MIB:.1f}",
-        "ms a chain-step": f"{1e3 * forward / case.steps / case.batch:.2f}",
-        "ratio": f"{full / forward:.2f}",
+        "states MiB": f"{kept * start.x.numel() * start.x.element_size() / MIB:.1f}",
+        "peak MiB": f"{(peaks[1] - peaks[0]) / MIB:.1f}",
+        "ms a chain-step": f"{1e3 * seconds[0] / case.steps / case.batch:.2f}",
+        "ratio": f"{seconds[1] / seconds[0]:.2f}",
     }
-
-
-def warm_up(purifier: LangevinPurifier, images: torch.Tensor) -> None:
-    """Take a few steps, so that what happens only once is not in the times."""
-    noise = KeyedNoise(torch.arange(len(images), device=images.device))
-    purifier.advance(purifier.enter(images), noise, range(WARM))
-
-
-def clock(work: Callable[[], object], device: str) -> float:
-    """Return the seconds that work takes."""
-    if device == "cpu":
-        begun = time.process_time()
-        work()
-        return time.process_time() - begun
-    torch.cuda.synchronize()
-    begun = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - begun
-
-
-def peak(device: str) -> int:
-    """Return the most bytes that were held so far."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> int:
     """Measure each case in a fresh process, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layouts", nargs="*", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--layouts", nargs="*", choices=SMOOTH, default=list(SMOOTH))
     parser.add_argument("--steps", type=int, nargs="*", default=[100, 500, 1500])
     parser.add_argument("--stores", nargs="*", default=["all", "checkpoints"])
     parser.add_argument("--batch", type=int, default=8, help="chains")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 import torch
@@ -12,27 +12,25 @@ import torch
 from ebm_defense.commands.parts import Device, resolve_device
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.records import environment
+from ebm_defense.eval.throughput import PUBLISHED, Cell, PublishedCost, measure, precisions_here
 from ebm_defense.files import atomic, writable_folder, write_text
-from ebm_defense.throughput import (
-    CLOCKS,
-    LAYOUTS,
-    Ceilings,
-    Cell,
-    Protocol,
-    measure,
-    measure_ceilings,
-    precisions_here,
-)
+from ebm_defense.roofline import LAYOUTS, Ceilings, measure_ceilings
+from ebm_defense.timing import CLOCKS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 BATCHES, GPU_BATCHES = (1, 10, 150, 1000), (1, 10, 150, 1000, 10000)
-QUICK_BATCHES, QUICK_LAYOUTS = (1, 100), ("fashion-mnist-16",)
+QUICK_BATCHES, QUICK_LAYOUTS = (1, 100), ("fashion-mnist-16", "fashion-mnist-16-smooth")
 IMAGES = (500, 10_000)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure Langevin steps a second here: the published loop and ours, taking turns.
+    """Measure Langevin steps a second here: the published loop, ours, and the gradient through it.
 
+    They take turns. Where the activations are smooth the gradient is the exact one, elsewhere the
+    smoothed one, as attacks use them: fp32 products, whatever the chain's precision.
     Writes bench.csv, bench.md and bench.png into OUT.
     """
 
@@ -43,7 +41,7 @@ class Bench:
     seconds: float = 5.0
     """Time for each competitor in each cell."""
     quick: bool = False
-    """One layout, two batches, one second."""
+    """Two layouts, two batches, one second each."""
     clock: Literal["wall", "cpu"] = "wall"
     """cpu leaves out the time that other programs take; for one thread on a busy machine."""
     device: Device = "auto"
@@ -61,8 +59,9 @@ class Bench:
         cells: list[Cell] = []
         for layout in layouts:
             for batch in batches:
-                cells += measure(layout, batch, ceilings, seconds, device, clock)
-                print(*map(cell_line, cells[-1 - len(ceilings) :]), sep="\n", flush=True)
+                measured = measure(layout, batch, ceilings, seconds, device, clock)
+                print(*map(cell_line, measured), sep="\n", flush=True)
+                cells += measured
         write_results(out, ceilings, cells, self.clock)
         print(f"bench.csv, bench.md and bench.png are in {out}")
         return 0
@@ -94,10 +93,12 @@ def ceilings_line(ceilings: list[Ceilings]) -> str:
 def cell_line(cell: Cell) -> str:
     """Say one measurement."""
     memory = "" if cell.memory is None else f", peak {cell.memory / 2**20:,.0f} MiB"
+    cost = "" if cell.over_forward is None else f", {cell.over_forward:.2f} forward chains"
     return (
-        f"{cell.layout:<24} batch {cell.batch:>6} {cell.name:<10}"
+        f"{cell.layout:<24} batch {cell.batch:>6} {cell.name:<20}"
         f"{cell.steps_per_second:>12,.0f} steps/s  {cell.ratio:>6.2f}x  "
-        f"{cell.roofline:>4.0%} of the roofline, {cell.convolution:>4.0%} of convolution{memory}"
+        f"{cell.roofline:>4.0%} of the roofline, {cell.convolution:>4.0%} of convolution"
+        f"{memory}{cost}"
     )
 
 
@@ -120,7 +121,7 @@ def write_results(out: Path, ceilings: list[Ceilings], cells: list[Cell], clock:
 
 def projection(cells: list[Cell]) -> str:
     """Return the time of the whole published protocol at each layout's best rate, as Markdown."""
-    p = Protocol()
+    p = PublishedCost()
     rows = [
         {
             "layout": layout,
@@ -146,31 +147,46 @@ def projection(cells: list[Cell]) -> str:
 
 
 def _best(cells: list[Cell]) -> list[tuple[str, Cell]]:
-    """Return each layout's fastest cells: the published loop's and ours."""
-    groups = dict.fromkeys((c.layout, c.name == "published") for c in cells)
+    """Return each layout's fastest chains: the published loop's and ours."""
+    groups: dict[tuple[str, bool], list[Cell]] = {}
+    for cell in cells:
+        if cell.over_forward is None:
+            groups.setdefault((cell.layout, cell.name == PUBLISHED), []).append(cell)
     return [
         (layout, max(same, key=lambda c: c.steps_per_second))
-        for layout, published in groups
-        if (same := [c for c in cells if (c.layout, c.name == "published") == (layout, published)])
+        for (layout, _), same in groups.items()
     ]
 
 
 def draw(cells: list[Cell], path: Path) -> None:
-    """Draw steps a second over the batch, a panel a layout."""
+    """Draw, a column a layout, steps a second over the batch, and under them gradients' costs."""
     from matplotlib.figure import Figure
 
     layouts = list(dict.fromkeys(cell.layout for cell in cells))
-    figure = Figure(figsize=(3.2 * len(layouts) + 1, 3.4), layout="constrained")
-    for axis, layout in zip(
-        figure.subplots(1, len(layouts), squeeze=False)[0], layouts, strict=True
-    ):
-        for name in dict.fromkeys(cell.name for cell in cells):
-            points = [c for c in cells if (c.layout, c.name) == (layout, name)]
-            rates = [c.steps_per_second for c in points]
-            axis.plot([c.batch for c in points], rates, marker="o", label=name)
-        axis.set(title=layout, xlabel="chains at a time", xscale="log", yscale="log")
-        axis.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("Langevin steps a second")
-    figure.axes[0].legend()
+    figure = Figure(figsize=(3.2 * len(layouts) + 1, 5.4), layout="constrained")
+    axes = figure.subplots(
+        2, len(layouts), squeeze=False, sharex="col", sharey="row", height_ratios=(2, 1)
+    )
+    for layout, (rates, costs) in zip(layouts, axes.T, strict=True):
+        for name in dict.fromkeys(cell.name for cell in cells if cell.layout == layout):
+            _draw_lines(rates, costs, [c for c in cells if (c.layout, c.name) == (layout, name)])
+        rates.set(title=layout, xscale="log", yscale="log")
+        costs.set(xlabel="chains at a time")
+        rates.legend(fontsize="x-small")
+        for axis in (rates, costs):
+            axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("Langevin steps a second")
+    axes[1, 0].set_ylabel("gradient's time\nin forward chains")
     with atomic(path) as partial:
         figure.savefig(partial, dpi=130)
+
+
+def _draw_lines(rates: Axes, costs: Axes, cells: list[Cell]) -> None:
+    batches = [c.batch for c in cells]
+    over = [c.over_forward for c in cells if c.over_forward is not None]
+    (line,) = rates.plot(
+        batches, [c.steps_per_second for c in cells], "--" if over else "-", marker="o",
+        markersize=4, label=cells[0].name,
+    )  # fmt: skip
+    if over:
+        costs.plot(batches, over, "--o", markersize=4, color=line.get_color())

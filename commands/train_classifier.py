@@ -74,8 +74,8 @@ class TrainClassifier:
     """Gradient steps of those perturbations."""
     copies: int = 1
     """How many differently purified copies of the images the epochs cycle through."""
-    precision: str = "auto"
-    """Precision of the network's inner activations: auto, fp32 or bf16."""
+    precision: str = "fastest"
+    """Precision of the network's inner activations: fp32, bf16, or fastest (bf16 where native)."""
     device: Device = "auto"
     """Where to compute."""
     seed: int = 0

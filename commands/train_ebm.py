@@ -79,8 +79,9 @@ class TrainEbm:
     """Updates between two sets of pictures of long chains."""
     chain_lengths: tuple[int, ...] = (100, 300, 1_000, 3_000, 10_000)
     """Steps at which chains from data are pictured."""
-    precision: str = "auto"
-    """Precision of the chains' inner activations: auto, fp32 or bf16."""
+    precision: str = "fastest"
+    """Precision of the learning chains' inner activations: fp32, bf16, or fastest (bf16 where it is
+    native). The pictures' long chains are fp32."""
     device: Device = "auto"
     """Where to compute."""
     seed: int = 0

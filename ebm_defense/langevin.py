@@ -33,7 +33,7 @@ __all__ = [
     "run_chain",
 ]
 
-PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fastest")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +84,8 @@ class Info(NamedTuple):
 def resolve_precision(precision: str, device: torch.device, dtype: torch.dtype) -> str:
     """Return what a precision means here: "fp32", "tf32", "bf16", or "fp64" for float64 images.
 
-    Here "auto" is the fastest that the processor multiplies natively, unchecked;
-    `LangevinPurifier` asks `precision.checked_precision` instead. Only the energy's inner
+    "fastest" is what the processor multiplies natively, whether or not chains in it purify as fp32
+    ones do; a purifier's "auto" asks `precision.checked_precision`. Only the energy's inner
     activations lose digits; state, noise and update keep `dtype`. float64 always wins, and what a
     GPU lacks is fp32, said once; CPUs compute "tf32" in fp32.
 
@@ -96,7 +96,7 @@ def resolve_precision(precision: str, device: torch.device, dtype: torch.dtype) 
         raise UsageError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}.")
     if dtype == torch.float64:
         return "fp64"
-    if precision == "auto":
+    if precision == "fastest":
         return "bf16" if _has_bf16(device) else "fp32"
     if precision == "tf32" and not _has_tf32(device):
         return "fp32"
@@ -159,7 +159,7 @@ def run_chain(
     *,
     energy: Energy,
     settings: LangevinSettings,
-    precision: str = "auto",
+    precision: str = "fp32",
     engine: str = "auto",
     trace: Trace | None = None,
     snapshots: Collection[int] = (),
@@ -174,7 +174,8 @@ def run_chain(
         noise: where the normals come from.
         energy: maps `[b, C, H, W]` to `[b]`.
         settings: steps, step size, temperature.
-        precision: one of `PRECISIONS`, for the energy's inner activations.
+        precision: one of `PRECISIONS`, for the energy's inner activations; fp32 unless something
+            else is asked for, since nothing here checks what a faster one changes.
         engine: a name in `ENGINES`, or "auto" for the fastest that supports the energy.
         trace: filled when given.
         snapshots: the steps at which `trace` keeps a copy of x.

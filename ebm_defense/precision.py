@@ -90,7 +90,7 @@ def checked_precision(energy: Energy, images: Tensor, settings: LangevinSettings
         images: `[b, C, H, W]` in [0, 1]; a check starts its chains from them.
         settings: of the chain.
     """
-    fastest = resolve_precision("auto", images.device, images.dtype)
+    fastest = resolve_precision("fastest", images.device, images.dtype)
     if fastest != "bf16" or not settings.steps or not len(images) or not _worth_it(energy):
         return "fp32" if fastest == "bf16" else fastest
     assert isinstance(energy, nn.Module)

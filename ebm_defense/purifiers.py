@@ -115,7 +115,7 @@ class LangevinPurifier(SteppedPurifier):
         steps: K ≥ 0.
         step_size: ε > 0, in [-1, 1] pixel units.
         temperature: T > 0; the defaults are the published update for CIFAR-10.
-        precision: "fp32", "tf32" or "bf16", for the energy's inner activations, or "auto": bf16
+        precision: one of `PRECISIONS`, for the energy's inner activations, or "auto": bf16
             where it is fast and chains in it were shown to purify as fp32 ones do, which is
             looked up or checked at the first purification (see `ebm_defense.precision`). float64
             images always keep float64.
@@ -134,8 +134,9 @@ class LangevinPurifier(SteppedPurifier):
     ) -> None:
         super().__init__()
         self.settings = LangevinSettings(steps=steps, step_size=step_size, temperature=temperature)
-        if precision not in PRECISIONS:
-            raise UsageError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}.")
+        allowed = ("auto", *PRECISIONS)
+        if precision not in allowed:
+            raise UsageError(f"precision is {precision!r}; choose one of {', '.join(allowed)}.")
         self.energy, self.precision = energy, precision
         self._checked: dict[tuple[Any, ...], str] = {}
 
@@ -187,7 +188,7 @@ class LangevinPurifier(SteppedPurifier):
 
         With "auto" the first call for an energy that nothing is known of takes some seconds.
         """
-        if self.precision != "auto" or images.dtype == torch.float64:
+        if self.precision != "auto":
             return resolve_precision(self.precision, images.device, images.dtype)
         about = (images.device, images.dtype, self.settings, *_versions(self.energy))
         if about not in self._checked:

@@ -232,7 +232,7 @@ def test_chain_is_the_same_in_every_grad_mode(mode, dtype):
 def test_double_precision_is_kept_though_bf16_is_asked_for():
     energy = ConvEnergy(ConvEnergySettings(channels=1, image_size=8, width=2)).double()
     x = torch.rand(2, 1, 8, 8, generator=seeded(0)).double()
-    runs = [run(x, keyed(2), energy, steps=3, precision=p) for p in ("fp32", "bf16", "auto")]
+    runs = [run(x, keyed(2), energy, steps=3, precision=p) for p in ("fp32", "bf16", "fastest")]
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(runs[0], runs[2])
 
@@ -248,13 +248,29 @@ def test_bf16_stays_near_fp32_and_keeps_the_state_in_fp32():
     assert float((rough - exact).norm()) < 0.2 * float(drift.norm())
 
 
-def test_precision_auto_resolves_to_a_real_precision():
+@pytest.mark.parametrize(("native", "fastest"), [(True, "bf16"), (False, "fp32")])
+def test_precisions_resolve_to_real_ones(native, fastest, monkeypatch):
+    monkeypatch.setattr("ebm_defense.langevin._has_bf16", lambda device: native)
     cpu = torch.device("cpu")
-    assert resolve_precision("auto", cpu, torch.float32) in ("fp32", "bf16")
+    assert resolve_precision("fastest", cpu, torch.float32) == fastest
     assert resolve_precision("bf16", cpu, torch.float32) == "bf16"
     assert resolve_precision("bf16", cpu, torch.float64) == "fp64"
-    with pytest.raises(UsageError, match="fp16"):
-        resolve_precision("fp16", cpu, torch.float32)
+    for unknown in ("fp16", "auto"):
+        with pytest.raises(UsageError, match=f"{unknown}.*fp32, tf32, bf16, fastest"):
+            resolve_precision(unknown, cpu, torch.float32)
+
+
+def test_no_chain_takes_bf16_that_was_neither_asked_for_nor_checked(monkeypatch):
+    monkeypatch.setattr("ebm_defense.langevin._has_bf16", lambda device: True)
+    torch.manual_seed(0)
+    energy = ConvEnergy(ConvEnergySettings(channels=1, image_size=8, width=2))
+    x = torch.rand(2, 1, 8, 8, generator=seeded(0))
+    exact, plain, rough = (
+        run(x, keyed(2), energy, steps=3, **asked)
+        for asked in ({"precision": "fp32"}, {}, {"precision": "fastest"})
+    )
+    assert torch.equal(plain, exact)
+    assert not torch.equal(rough, exact)
 
 
 def test_trace_has_one_entry_a_step_with_the_right_values():

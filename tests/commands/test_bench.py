@@ -6,16 +6,18 @@ import pandas as pd
 import pytest
 import torch
 
-from ebm_defense.commands.bench import Bench
+from ebm_defense.commands.bench import QUICK_LAYOUTS, Bench
 from ebm_defense.commands.main import main
 from ebm_defense.energies import ConvEnergySettings
-from ebm_defense.throughput import LAYOUTS, Ceilings
+from ebm_defense.roofline import LAYOUTS, Ceilings
 
 
 @pytest.fixture
 def _tiny(monkeypatch):
     shape = ConvEnergySettings(channels=1, image_size=8, width=2)
     monkeypatch.setitem(LAYOUTS, "tiny", shape)
+    monkeypatch.setattr("ebm_defense.eval.throughput.LONGEST", 5)
+    monkeypatch.setattr("ebm_defense.eval.throughput.SHORTEST", 5)
     monkeypatch.setattr(
         "ebm_defense.commands.bench.measure_ceilings",
         lambda p, *_: Ceilings(precision=p, matmul=1e12, convolution=1e12, copy=1e11),
@@ -28,12 +30,19 @@ def test_it_prints_and_writes_table_and_picture(tmp_path, capsys):
     assert main(["bench", *words, "--device", "cpu", "--out", str(tmp_path)]) == 0
     table = pd.read_csv(tmp_path / "bench.csv")
     assert list(table["batch"].unique()) == [1, 4]
-    assert {"published", "fp32"} <= set(table["name"])
+    assert {"published", "fp32", "smoothed, fp32 chain"} <= set(table["name"])
+    backward = table["name"].str.startswith("smoothed")
+    assert (table["over_forward"].notna() == backward).all()
     text = (tmp_path / "bench.md").read_text(encoding="utf-8")
     assert "10000 images, broken dropped" in text
     assert (tmp_path / "bench.png").stat().st_size > 1000
     printed = capsys.readouterr().out
     assert "of the roofline" in printed
+    assert "forward chains" in printed
+    # The projection is of BPDA, which costs forward chains alone.
+    assert not [
+        line for line in text.split("Classifier")[0].splitlines()[-6:] if "smoothed" in line
+    ]
     assert "Classifier passes are left out" in printed
 
 
@@ -56,6 +65,7 @@ def test_the_cpu_clock_wants_one_thread(monkeypatch):
         Bench(clock="cpu", device="cpu").run()
 
 
-def test_quick_is_one_layout_and_two_batches():
+def test_quick_is_two_layouts_and_two_batches():
     layouts, batches, seconds = Bench(quick=True)._plan(torch.device("cpu"))
-    assert (layouts, batches, seconds) == (("fashion-mnist-16",), (1, 100), 1.0)
+    assert (layouts, batches, seconds) == (QUICK_LAYOUTS, (1, 100), 1.0)
+    assert {LAYOUTS[layout].activation for layout in layouts} == {"leaky_relu", "soft_lrelu"}
