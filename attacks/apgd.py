@@ -97,14 +97,10 @@ class AutoPGD(DirectCall):
         return reviews(self._rule.checks(self.steps), self.review)
 
     def chain_steps(self, defense: PurifiedClassifier) -> int:
-        again = len(self._reviews) if defense.purifier.stochastic else 0
-        climbing = (self.steps + again) * self.look_steps(defense)
-        return self.runs * (climbing + self.plain_look_steps(defense))
-
-    def look_steps(self, defense: PurifiedClassifier) -> int:
-        """Return the chain-steps of a look at one image with a gradient."""
         draws = len(attack_replicates(self.replicates, defense))
-        return draws * self.gradient.chain_steps(defense)
+        again = len(self._reviews) if defense.purifier.stochastic else 0
+        climbing = (self.steps + again) * self._source.chain_steps(defense, draws)
+        return self.runs * (climbing + self.plain_look_steps(defense))
 
     def plain_look_steps(self, defense: PurifiedClassifier) -> int:
         """Return the chain-steps of a look at one image without a gradient."""

@@ -46,8 +46,8 @@ class ScoreFree:
             raise UsageError(f"SPSA needs at least 1 sample, not {self.samples}.")
         check_positive("delta", self.delta)
 
-    def chain_steps(self, defense: PurifiedClassifier) -> int:
-        return (2 * self.samples + 1) * defense.purifier.chain_steps
+    def chain_steps(self, defense: PurifiedClassifier, replicates: int = 1) -> int:
+        return replicates * (2 * self.samples + 1) * defense.purifier.chain_steps
 
     def __call__(
         self,

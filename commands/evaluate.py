@@ -270,12 +270,19 @@ def plan(defense: PurifiedClassifier, data: Images, protocol: Protocol, seed: in
     rate = _chain_steps_per_second(defense, data.images, chains)
     memory = chains * data.images[0].numel() * 4 * 200 / 2**30
     hours = steps / rate / 3600 if rate else 0.0
+    unknown = [attack.name for attack in protocol.attacks if attack.open_ended]
+    least = "at least " if unknown and rate else ""
     return (
         f"protocol {protocol.name}, {len(data.labels)} images\n"
-        f"chain-steps: {steps:,} if every image stands to the end, verifications not counted\n"
-        f"expected time: {hours:.2f} h at {rate:,.0f} chain-steps a second, measured now\n"
+        f"chain-steps: {least}{steps:,} if every image stands to the end, verifications not counted"
+        f"{_depends(unknown) if least else ''}\n"
+        f"expected time: {least}{hours:.2f} h at {rate:,.0f} chain-steps a second, measured now\n"
         f"memory: about {memory:.1f} GiB for {chains} chains at a time, besides the program's own"
     )
+
+
+def _depends(attacks: Sequence[str]) -> str:
+    return f"; how often {', '.join(attacks)} asks the defense depends on the library"
 
 
 def _chain_steps_per_second(

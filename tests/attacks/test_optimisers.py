@@ -156,6 +156,8 @@ def test_looks_and_cost_are_as_announced(name, counting_purifier, listen, stocha
     images, labels = data()
     attack.run(counted.defense, images, labels, ids=range(4), seed=0, judge=heard)
     assert counted.spent == 4 * attack.chain_steps(counted.defense)
+    assert counted.spent == sum(p.chain_steps for p in heard.proposals)
+    assert not attack.open_ended
     steps = [p.step for p in heard.proposals]
     assert steps == list(range(len(steps)))
     assert len(steps) == attack.looks if stochastic else len(steps) <= attack.looks
