@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ebm_defense.attacks.final import FinalImages, check_replicates
+from ebm_defense.attacks.final import Crafted, FinalImages, check_replicates
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
@@ -178,7 +178,7 @@ class AdvGAN(FinalImages):
         *,
         ids: Sequence[int],
         seed: int,
-    ) -> Tensor:
+    ) -> Crafted:
         channels = self.generator.settings.channels
         if images.shape[1] != channels:
             raise UsageError(
@@ -188,4 +188,4 @@ class AdvGAN(FinalImages):
         generator = self.generator.to(images.device, torch.float32)
         with torch.no_grad():
             parts = [generator.perturb(x.float(), self.threat) for x in images.split(CRAFT_BATCH)]
-        return torch.cat(parts)
+        return Crafted(torch.cat(parts))

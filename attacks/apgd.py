@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from ebm_defense.attacks.apgd_rules import RULES, Rule, begin, heed, refresh, reviews
 from ebm_defense.attacks.ascent import (
     attack_name,
     check_budget,
@@ -28,142 +29,20 @@ from ebm_defense.attacks.losses import (
     refuse_targeted,
     takes_targets,
 )
-from ebm_defense.attacks.threat import ThreatModel, per_image
+from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
-
-RISE = 0.75  # ρ: the share of rising steps below which a step is halved
-INERTIA = 0.75  # a: the share of the new move in a step
 
 Aim = Callable[[Tensor], Loss]
 """The loss for these rows of the batch."""
 
 
-class Climb(NamedTuple):
-    """Where each image's ascent is, every tensor `[b, …]`.
-
-    Attributes:
-        x: the iterate, and `before` the one before it.
-        gradient: at x.
-        loss: at x.
-        best: the point of the highest loss, with its `best_gradient` and `best_loss`.
-        size: the step size.
-        rises: steps since the last check that raised the loss.
-        checked: the best loss at the last check, and whether the step was `halved` there.
-    """
-
-    x: Tensor
-    before: Tensor
-    gradient: Tensor
-    loss: Tensor
-    best: Tensor
-    best_gradient: Tensor
-    best_loss: Tensor
-    size: Tensor
-    rises: Tensor
-    checked: Tensor
-    halved: Tensor
-
-    def of(self, stands: Tensor) -> Climb:
-        """Return the ascent of these images alone."""
-        return Climb(*(values[stands] for values in self))
-
-
-def begin(x: Tensor, seen: Seen, eps: float) -> Climb:
-    """Return the ascent at its start, just seen."""
-    yes = torch.ones_like(seen.loss, dtype=torch.bool)
-    return Climb(
-        x=x,
-        before=x,
-        gradient=seen.gradient,
-        loss=seen.loss,
-        best=x,
-        best_gradient=seen.gradient,
-        best_loss=seen.loss,
-        size=torch.full_like(seen.loss, 2.0 * eps),
-        rises=torch.zeros_like(seen.loss),
-        checked=seen.loss,
-        halved=yes,
-    )
-
-
-def advance(climb: Climb, origin: Tensor, threat: ThreatModel, inertia: float) -> Climb:
-    """Take one step with momentum (Croce and Hein 2020, algorithm 1, lines 7 and 8)."""
-    z = threat.step(climb.x, origin, climb.gradient, per_image(climb.size))
-    moved = inertia * (z - climb.x) + (1.0 - inertia) * (climb.x - climb.before)
-    return climb._replace(x=threat.project(climb.x + moved, origin), before=climb.x)
-
-
-def heed(climb: Climb, seen: Seen) -> Climb:
-    """Take note of what was seen at the iterate."""
-    better = seen.loss > climb.best_loss
-    wide = per_image(better)
-    return climb._replace(
-        gradient=seen.gradient,
-        loss=seen.loss,
-        rises=climb.rises + (seen.loss > climb.loss),
-        best=torch.where(wide, climb.x, climb.best),
-        best_gradient=torch.where(wide, seen.gradient, climb.best_gradient),
-        best_loss=torch.where(better, seen.loss, climb.best_loss),
-    )
-
-
-def check(climb: Climb, window: int) -> Climb:
-    """Halve the step of images that no longer rise, and send them back to their best point."""
-    few = climb.rises <= RISE * window
-    stuck = ~climb.halved & (climb.best_loss <= climb.checked)
-    halved = few | stuck
-    wide = per_image(halved)
-    return climb._replace(
-        size=torch.where(halved, climb.size / 2.0, climb.size),
-        x=torch.where(wide, climb.best, climb.x),
-        gradient=torch.where(wide, climb.best_gradient, climb.gradient),
-        rises=torch.zeros_like(climb.rises),
-        checked=climb.best_loss,
-        halved=halved,
-    )
-
-
-def refresh(climb: Climb, seen: Seen) -> Climb:
-    """Replace what is known of the best point, chosen for its luck too, by a fresh look at it."""
-    back = per_image(climb.halved)
-    return climb._replace(
-        gradient=torch.where(back, seen.gradient, climb.gradient),
-        best_gradient=seen.gradient,
-        best_loss=seen.loss,
-        checked=seen.loss,
-    )
-
-
-def windows(steps: int) -> dict[int, int]:
-    """Return the checks of a run: after which step, of how many steps each.
-
-    The first after ⌊0.22·steps⌋, then each window shorter by ⌊0.03·steps⌋ down to ⌊0.06·steps⌋,
-    and none of them below 1. A check after the last step would change nothing.
-    """
-    width, at = max(int(0.22 * steps), 1), 0
-    shortest, shrink = max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
-    checks: dict[int, int] = {}
-    while at + width < steps:
-        at += width
-        checks[at] = width
-        width = max(width - shrink, shortest)
-    return checks
-
-
-def reviews(steps: int, every: int) -> list[int]:
-    """Return the checks at which the best point is seen afresh: `every` steps apart, or more."""
-    last, chosen = 0, []
-    for at in windows(steps):
-        if at - last >= every:
-            chosen.append(at)
-            last = at
-    return chosen
-
-
 @dataclass(frozen=True, kw_only=True)
 class AutoPGD(DirectCall):
-    """The ascent of Croce and Hein (2020), which chooses its own steps, per image.
+    """The ascent of Croce and Hein (2020, 2021), which chooses its own steps, per image.
+
+    In Linf and L2 it has momentum and halves its steps; in L1 its steps are sparse, and grow
+    sparser with the best point: see `RULES`.
 
     Attributes:
         threat: what may change.
@@ -206,17 +85,22 @@ class AutoPGD(DirectCall):
 
     @property
     def looks(self) -> int:
-        return self.runs * (self.steps + 1 + len(reviews(self.steps, self.review)))
+        return self.runs * (self.steps + 1 + len(self._reviews))
+
+    @property
+    def _rule(self) -> Rule:
+        return RULES[self.threat.norm]
+
+    @property
+    def _reviews(self) -> list[int]:
+        """After which steps a random defense's best point is seen afresh."""
+        return reviews(self._rule.checks(self.steps), self.review)
 
     def chain_steps(self, defense: PurifiedClassifier) -> int:
-        again = len(reviews(self.steps, self.review)) if defense.purifier.stochastic else 0
-        climbing = (self.steps + again) * self.look_steps(defense)
-        return self.runs * (climbing + self.plain_look_steps(defense))
-
-    def look_steps(self, defense: PurifiedClassifier) -> int:
-        """Return the chain-steps of a look at one image with a gradient."""
         draws = len(attack_replicates(self.replicates, defense))
-        return draws * self.gradient.chain_steps(defense)
+        again = len(self._reviews) if defense.purifier.stochastic else 0
+        climbing = (self.steps + again) * self._source.chain_steps(defense, draws)
+        return self.runs * (climbing + self.plain_look_steps(defense))
 
     def plain_look_steps(self, defense: PurifiedClassifier) -> int:
         """Return the chain-steps of a look at one image without a gradient."""
@@ -252,21 +136,20 @@ class AutoPGD(DirectCall):
 
     def _climb(self, hearing: Hearing, number: int, aim: Aim) -> None:
         """Run one ascent, for the images that stand."""
-        checks = windows(self.steps)
-        again = reviews(self.steps, self.review) if hearing.random else []
+        rule, eps = self._rule, self.threat.eps
+        checks, again = rule.checks(self.steps), self._reviews if hearing.random else []
         x = start(hearing, self.threat, number, random=True)
         seen = self._look(hearing, x, aim, last=self.steps == 0)
-        climb = begin(x[seen.stands], seen, self.threat.eps)
+        climb = begin(x[seen.stands], seen, rule.first * eps)
         for step in range(1, self.steps + 1):
             if hearing.over:
                 return
-            inertia = INERTIA if step > 1 else 1.0
-            climb = advance(climb, hearing.originals, self.threat, inertia)
+            climb = rule.advance(climb, hearing.originals, self.threat, step)
             seen = self._look(hearing, climb.x, aim, last=step == self.steps)
             climb = climb.of(seen.stands)
             climb = heed(climb, self._blend(seen, climb.gradient, step))
             if step in checks:
-                climb = check(climb, checks[step])
+                climb = rule.check(climb, hearing.originals, eps, checks[step])
             if step in again and not hearing.over:
                 seen = self._look(hearing, climb.best, aim)
                 climb = refresh(climb.of(seen.stands), seen)
@@ -293,8 +176,8 @@ class APGD(AutoPGD):
     On a random defense every loss, gradient and best point is a mean over the replicates. The
     best of many noisy losses is also the luckiest, and would stop the ascent; so it is seen
     afresh now and then, on new noise, and its loss and gradient replaced. On a deterministic
-    defense nothing is seen twice, and the attack is the published one step by step. In L1 it is
-    the same ascent with that norm's sparse steps, not the APGD of Croce and Hein (2021).
+    defense nothing is seen twice, and the attack is the published one step by step: in L1 the
+    single-eps one of Croce and Hein (2021).
 
     Attributes:
         loss: what is maximised.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ebm_defense._torchvision import torchvision
 from ebm_defense.attacks import spec
-from ebm_defense.attacks.library import ANY, LibraryAttack, classes_count, not_installed
+from ebm_defense.attacks.library import ANY, Calls, LibraryAttack, classes_count, not_installed
 from ebm_defense.defense import PurifiedClassifier
 
 # ART does not say in which norm a class moves unless it takes one.
@@ -80,6 +80,10 @@ class ArtAttack(LibraryAttack):
     library: ClassVar[str] = "art"
     filled: ClassVar[frozenset[str]] = frozenset({"norm"})
     refused: ClassVar[Mapping[str, str]] = REFUSED
+    calls: ClassVar[Mapping[str, Calls]] = {
+        "BasicIterativeMethod": lambda own: own.max_iter + 2,
+        "ProjectedGradientDescent": (lambda own: max(1, own.num_random_init) * (own.max_iter + 2)),
+    }
     needs: ClassVar[Mapping[str, str]] = {
         "AutoAttack": "multiprocess",
         "PixelAttack": "cma",

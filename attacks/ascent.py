@@ -71,8 +71,9 @@ class Ascent(DirectCall):
         return self.restarts * (self.steps + 1)
 
     def chain_steps(self, defense: PurifiedClassifier) -> int:
-        each = self.steps * self.gradient.chain_steps(defense) + defense.purifier.chain_steps
-        return self.restarts * len(attack_replicates(self.replicates, defense)) * each
+        draws = len(attack_replicates(self.replicates, defense))
+        climbing = self.steps * self.gradient.chain_steps(defense, draws)
+        return self.restarts * (climbing + draws * defense.purifier.chain_steps)
 
     def remember(self, x: Tensor) -> Memory:
         """Return what the rule remembers at the start `x` `[b, C, H, W]`."""

@@ -21,12 +21,22 @@ class Proposal(NamedTuple):
         rows: which images of the batch these are, `[b]`.
         images: `[b, C, H, W]` in [0, 1].
         logits: the defense's replicate logits on them as the attack saw them, `[r, b, classes]`.
+        chain_steps: Langevin steps that making and seeing them cost, all images together; None for
+            those of the logits alone.
     """
 
     step: int
     rows: Tensor
     images: Tensor
     logits: Tensor
+    chain_steps: int | None = None
+
+
+def cost(proposal: Proposal, defense: PurifiedClassifier) -> int:
+    """Return the Langevin steps that a proposal cost."""
+    if proposal.chain_steps is not None:
+        return proposal.chain_steps
+    return len(proposal.logits) * len(proposal.rows) * defense.purifier.chain_steps
 
 
 Judge = Callable[[Proposal], Tensor]
@@ -64,6 +74,11 @@ class Attack(Protocol):
         """Purifications an image and look."""
         ...
 
+    @property
+    def open_ended(self) -> bool:
+        """Whether it may cost more than `chain_steps` says, and nobody knows how much."""
+        ...
+
     def chain_steps(self, defense: PurifiedClassifier) -> int:
         """Return the Langevin steps that an image costs which stands to the end."""
         ...
@@ -92,7 +107,11 @@ class Attack(Protocol):
 
 
 class DirectCall:
-    """Gives an attack a plain call: `attack(model, images, labels, seed=0)`."""
+    """Gives an attack a plain call, `attack(model, images, labels, seed=0)`, and a known cost."""
+
+    @property
+    def open_ended(self) -> bool:
+        return False
 
     def __call__(
         self,

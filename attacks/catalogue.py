@@ -87,7 +87,7 @@ ATTACKS: dict[str, Entry] = {
     "diffhammer": Entry(
         DiffHammer, "gradients of the replicates that can be broken together", "Wang et al. 2024"
     ),
-    "square": Entry(Square, "random squares, no gradient", "Andriushchenko et al. 2020", ("Linf",)),
+    "square": Entry(Square, "random squares, no gradient", "Andriushchenko et al. 2020"),
     "spsa": Entry(SPSA, "finite differences in random directions", "Uesato et al. 2018"),
     "transfer": Entry(transfer, "PGD's images of the bare classifier", "Papernot et al. 2016"),
 }

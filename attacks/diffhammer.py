@@ -41,8 +41,9 @@ class Selective:
     sharpness: float
     name: str = "selective"
 
-    def chain_steps(self, defense: PurifiedClassifier) -> int:
-        return defense.purifier.chain_steps
+    def chain_steps(self, defense: PurifiedClassifier, replicates: int = 1) -> int:
+        every = replicates * defense.purifier.chain_steps
+        return every + self.gradient.chain_steps(defense)
 
     def __call__(
         self,
@@ -140,9 +141,6 @@ class DiffHammer(APGD):
                 f"{self.gradient.name} cannot; give it Identity() or another Pullback."
             )
         return self.gradient
-
-    def look_steps(self, defense: PurifiedClassifier) -> int:
-        return self.plain_look_steps(defense) + self.gradient.chain_steps(defense)
 
     @property
     def _source(self) -> Gradient:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,13 @@ from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import chain_keys
+
+
+class Crafted(NamedTuple):
+    """Attacked images `[b, C, H, W]`, and the Langevin steps that they cost, all together."""
+
+    images: Tensor
+    chain_steps: int = 0
 
 
 class FinalImages(DirectCall):
@@ -46,8 +54,8 @@ class FinalImages(DirectCall):
         *,
         ids: Sequence[int],
         seed: int,
-    ) -> Tensor:
-        """Return attacked `images` `[b, C, H, W]`, b ≥ 1."""
+    ) -> Crafted:
+        """Attack `images` `[b, C, H, W]`, b ≥ 1."""
         raise NotImplementedError
 
     def run(
@@ -62,12 +70,13 @@ class FinalImages(DirectCall):
     ) -> Tensor:
         if not len(images):
             return images.clone()
-        crafted = self.craft(defense, images, labels, ids=ids, seed=seed).detach()
-        x = self.threat.project(crafted.to(images), images)
+        crafted = self.craft(defense, images, labels, ids=ids, seed=seed)
+        x = self.threat.project(crafted.images.detach().to(images), images)
         keys = chain_keys(seed, "final look", ids, attack_replicates(self.replicates, defense))
         with torch.no_grad():
             logits = defense.replicate_logits(x, keys)
-        judge(Proposal(0, torch.arange(len(x)), x, logits))
+        cost = crafted.chain_steps + keys.numel() * defense.purifier.chain_steps
+        judge(Proposal(0, torch.arange(len(x)), x, logits, cost))
         return x
 
 

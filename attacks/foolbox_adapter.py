@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ebm_defense._torchvision import torchvision
 from ebm_defense.attacks import spec
-from ebm_defense.attacks.library import ANY, LibraryAttack, not_installed
+from ebm_defense.attacks.library import ANY, Calls, LibraryAttack, not_installed
 from ebm_defense.defense import PurifiedClassifier
 
 NORMS = {0: "L0", 1: "L1", 2: "L2", float("inf"): "Linf"}
@@ -43,6 +43,18 @@ class FoolboxAttack(LibraryAttack):
         "BinarizationRefinementAttack": "it needs adversarial images to begin with",
         "GenAttack": "it needs a target class",
         "PointwiseAttack": "foolbox keeps no distance for it, so no eps bounds it",
+    }
+    # foolbox looks at what it returns once more.
+    calls: ClassVar[Mapping[str, Calls]] = {
+        f"{norm}{kind}": lambda own: getattr(own, "steps", 1) + 1
+        for norm in ("L1", "L2", "Linf")
+        for kind in (
+            "FastGradientAttack",
+            "BasicIterativeAttack",
+            "AdamBasicIterativeAttack",
+            "ProjectedGradientDescentAttack",
+            "AdamProjectedGradientDescentAttack",
+        )
     }
     needs: ClassVar[Mapping[str, str]] = {
         f"{norm}BrendelBethgeAttack": "numba" for norm in ("L0", "L1", "L2", "Linfinity")

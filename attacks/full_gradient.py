@@ -118,8 +118,8 @@ class Walk(Pullback):
         with torch.no_grad():
             return chain.pull(cotangent, back, self.replay_tolerance)
 
-    def chain_steps(self, defense: PurifiedClassifier) -> int:
-        """Return the cost of one replicate of one image, in Langevin steps.
+    def chain_steps(self, defense: PurifiedClassifier, replicates: int = 1) -> int:
+        """Return the cost of a look at one image by so many replicates, in Langevin steps.
 
         States computed again cost one chain more; they are counted for "checkpoints" alone, since
         what "auto" keeps depends on the batch.
@@ -130,7 +130,8 @@ class Walk(Pullback):
         refuse_without_gradient(defense.purifier)
         steps = defense.purifier.chain_steps
         products = math.ceil(steps / self.spacing)
-        return steps * (2 if self.store == "checkpoints" else 1) + round(PRODUCT_COST * products)
+        runs = 2 if self.store == "checkpoints" else 1
+        return replicates * (steps * runs + round(PRODUCT_COST * products))
 
 
 @dataclass(frozen=True, kw_only=True)

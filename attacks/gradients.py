@@ -40,8 +40,8 @@ class Gradient(Protocol):
         """Look at `images` `[b, C, H, W]` through the noise of `keys` `[r, b]`."""
         ...
 
-    def chain_steps(self, defense: PurifiedClassifier) -> int:
-        """Return the cost of one replicate of one image, in Langevin steps.
+    def chain_steps(self, defense: PurifiedClassifier, replicates: int = 1) -> int:
+        """Return the cost of a look at one image by so many replicates, in Langevin steps.
 
         Raises:
             UsageError: the defense has no such gradient; asked first, so that no work is lost.
@@ -67,6 +67,10 @@ class Pullback:
 
     def purify(self, defense: PurifiedClassifier, images: Tensor, keys: Tensor) -> Purified:
         """Purify `images` `[b, C, H, W]` with the noise of `keys` `[r, b]`."""
+        raise NotImplementedError
+
+    def chain_steps(self, defense: PurifiedClassifier, replicates: int = 1) -> int:
+        """Return the cost of a look at one image by so many replicates, in Langevin steps."""
         raise NotImplementedError
 
     def __call__(
@@ -115,5 +119,5 @@ class Identity(Pullback):
         with torch.no_grad():
             return Purified(defense.purify_replicates(images, keys), lambda cotangent: cotangent)
 
-    def chain_steps(self, defense: PurifiedClassifier) -> int:
-        return defense.purifier.chain_steps
+    def chain_steps(self, defense: PurifiedClassifier, replicates: int = 1) -> int:
+        return replicates * defense.purifier.chain_steps

@@ -116,7 +116,8 @@ class Hearing:
         self._refuse_not_finite(look)
         with torch.no_grad():
             value = loss(look.logits, self.labels)
-        stands = self.judge(Proposal(self.looks, self.rows, x, look.logits)).cpu()
+        cost = len(self.rows) * self._cost(gradient)
+        stands = self.judge(Proposal(self.looks, self.rows, x, look.logits, cost)).cpu()
         self.found[self.rows[~stands]] = x[~stands]
         self.rows, self.looks = self.rows[stands], self.looks + 1
         return Seen(stands, value[stands], look.gradient[stands], look.logits[:, stands])
@@ -134,6 +135,13 @@ class Hearing:
         better = (ahead | (equal & (seen.loss > self._loss[rows]))).cpu()
         self.found[rows[better]] = x[better]
         self._wrong[rows[better]], self._loss[rows[better]] = wrong[better], seen.loss[better]
+
+    def _cost(self, gradient: Gradient | None) -> int:
+        """Return the chain-steps of a look at one image."""
+        draws = len(self.replicates)
+        if gradient is None:
+            return draws * self.defense.purifier.chain_steps
+        return gradient.chain_steps(self.defense, draws)
 
     def _standing_ids(self) -> list[int]:
         return [self._ids[i] for i in self.rows.tolist()]

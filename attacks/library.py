@@ -7,9 +7,10 @@ import inspect
 import random
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, ClassVar, Self
 from unittest import mock
 
@@ -18,11 +19,14 @@ import torch
 from torch import Tensor
 
 from ebm_defense.attacks import spec
-from ebm_defense.attacks.final import FinalImages, check_replicates
+from ebm_defense.attacks.final import Crafted, FinalImages, check_replicates
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import derive_seed
+
+Calls = Callable[[SimpleNamespace], int]
+"""An attack class's parameters to how often it asks the model of an image that stands."""
 
 ANY = "any"
 """The norm of an attack that can be told its norm, or that has none of its own."""
@@ -46,7 +50,8 @@ class LibraryAttack(FinalImages):
         replicates: purifications a call and for the last look.
 
     A subclass names the `library`, the classes `refused` with the reason, the packages that some
-    of them `needs`, and the required parameters that it has `filled` itself.
+    of them `needs`, the required parameters that it has `filled` itself, and, of classes that ask
+    the defense equally often of every image that stands, the `calls` by their parameters.
 
     Raises:
         UsageError: the library is not installed, or the class does not exist, cannot keep to the
@@ -62,6 +67,7 @@ class LibraryAttack(FinalImages):
     refused: ClassVar[Mapping[str, str]]
     needs: ClassVar[Mapping[str, str]]
     filled: ClassVar[frozenset[str]]
+    calls: ClassVar[Mapping[str, Calls]]
 
     def __post_init__(self) -> None:
         title = f"{self.library}:{self.attack}"
@@ -102,6 +108,32 @@ class LibraryAttack(FinalImages):
         return self
 
     @property
+    def open_ended(self) -> bool:
+        return self._calls is None
+
+    def chain_steps(self, defense: PurifiedClassifier) -> int:
+        """Return the Langevin steps that an image costs which stands to the end.
+
+        Where `calls` does not know the class, those of the look at its final image alone.
+        """
+        return super().chain_steps(defense) + (self._calls or 0) * self._call_steps(defense)
+
+    @property
+    def _calls(self) -> int | None:
+        """How often the library asks the defense of an image that stands; None if not known."""
+        kind = self.classes()[self.attack]  # which may go by several names
+        count = self.calls.get(kind.__name__)
+        defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
+        try:
+            return None if count is None else int(count(SimpleNamespace(**defaults | self.own)))
+        except (TypeError, ValueError):
+            return None  # a parameter that only the library can refuse
+
+    def _call_steps(self, defense: PurifiedClassifier) -> int:
+        """Return the Langevin steps of one call for one image: those of the look at it."""
+        return super().chain_steps(defense)
+
+    @property
     def own(self) -> dict[str, Any]:
         """The class's own parameters that were given."""
         assert isinstance(self.parameters, str)
@@ -120,12 +152,14 @@ class LibraryAttack(FinalImages):
         *,
         ids: Sequence[int],
         seed: int,
-    ) -> Tensor:
+    ) -> Crafted:
+        asked: list[int] = []
         try:
-            return self._attempt(defense, images, labels, ids, seed)
+            found = self._attempt(defense, images, labels, ids, seed, asked)
         except Exception as error:
             _raise_if_out_of_memory(error)
-            return self._one_by_one(defense, images, labels, ids, seed)
+            found = self._one_by_one(defense, images, labels, ids, seed, asked)
+        return Crafted(found, sum(asked) * self._call_steps(defense))
 
     def _one_by_one(
         self,
@@ -134,12 +168,15 @@ class LibraryAttack(FinalImages):
         labels: Tensor,
         ids: Sequence[int],
         seed: int,
+        asked: list[int],
     ) -> Tensor:
         crafted, failed, reason = images.clone(), [], ""
         for i, number in enumerate(ids):
             one = slice(i, i + 1)
             try:
-                crafted[one] = self._attempt(defense, images[one], labels[one], [number], seed)
+                crafted[one] = self._attempt(
+                    defense, images[one], labels[one], [number], seed, asked
+                )
             except Exception as error:
                 _raise_if_out_of_memory(error)
                 failed.append(number)
@@ -158,9 +195,12 @@ class LibraryAttack(FinalImages):
         labels: Tensor,
         ids: Sequence[int],
         seed: int,
+        asked: list[int],
     ) -> Tensor:
+        """Run the attack, and add to `asked` of how many images it asked the defense at a time."""
         own = derive_seed(seed, f"{self.library} {self.attack} {list(ids)}")
         model = plain_view(defense, self.replicates, own)
+        model.register_forward_pre_hook(lambda _, inputs: asked.append(len(inputs[0])))
         with forked_generators(own, images.device):
             found = self.perturb(model, images.clone(), labels.clone(), own % 2**31).detach()
         finite = found.isfinite().flatten(1).all(1)

@@ -201,12 +201,12 @@ class Smoothed(Walk):
 
         return Purified(purified, pull)
 
-    def chain_steps(self, defense: PurifiedClassifier) -> int:
-        """Return the cost of one replicate of one image, in Langevin steps; see `Walk`."""
-        once = super().chain_steps(defense)
+    def chain_steps(self, defense: PurifiedClassifier, replicates: int = 1) -> int:
+        """Return the cost of a look at one image, in Langevin steps; see `Walk`."""
+        once = super().chain_steps(defense, replicates)
         if not self.perturbation:
             return once
-        return defense.purifier.chain_steps + self.draws * once
+        return replicates * defense.purifier.chain_steps + self.draws * once
 
 
 def refuse_without_corners(purifier: Purifier, image: Tensor, noise: KeyedNoise) -> None:

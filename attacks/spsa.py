@@ -46,8 +46,8 @@ class ScoreFree:
             raise UsageError(f"SPSA needs at least 1 sample, not {self.samples}.")
         check_positive("delta", self.delta)
 
-    def chain_steps(self, defense: PurifiedClassifier) -> int:
-        return (2 * self.samples + 1) * defense.purifier.chain_steps
+    def chain_steps(self, defense: PurifiedClassifier, replicates: int = 1) -> int:
+        return replicates * (2 * self.samples + 1) * defense.purifier.chain_steps
 
     def __call__(
         self,
@@ -80,12 +80,15 @@ class ScoreFree:
         signs: Tensor,
     ) -> Tensor:
         """Return the slopes `[s, b, 1, 1, 1]` along `signs` `[s, b, C, H, W]`."""
-        repeated = labels.repeat(len(signs))
-        high, low = (
-            loss(defense.replicate_logits((images + step * signs).flatten(0, 1), keys), repeated)
-            for step in (self.delta, -self.delta)
-        )
-        return ((high - low) / (2.0 * self.delta)).view(*signs.shape[:2], 1, 1, 1)
+
+        def losses(step: float) -> Tensor:
+            moved = (images + step * signs).flatten(0, 1)
+            logits = defense.replicate_logits(moved, keys).unflatten(1, signs.shape[:2])
+            # A sample at a time, since a targeted loss holds one target an image.
+            return torch.stack([loss(sample, labels) for sample in logits.unbind(1)])
+
+        slopes = (losses(self.delta) - losses(-self.delta)) / (2.0 * self.delta)
+        return slopes[..., None, None, None]
 
 
 def _signs(keys: Tensor, sample: int, like: Tensor) -> Tensor:

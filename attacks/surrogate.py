@@ -89,10 +89,11 @@ class Surrogate:
         )
         return PurifiedClassifier(defense.classifier, purifier, max_chains=defense.max_chains)
 
-    def chain_steps(self, defense: PurifiedClassifier) -> int:
-        """Return the cost of one replicate of one image, in Langevin steps: cheap and true chain.
+    def chain_steps(self, defense: PurifiedClassifier, replicates: int = 1) -> int:
+        """Return the cost of a look at one image, in Langevin steps: cheap and true chain.
 
         Raises:
             UsageError: the defense runs no Langevin chain, or a shorter one.
         """
-        return defense.purifier.chain_steps + self.through.chain_steps(self.cheap(defense))
+        true = replicates * defense.purifier.chain_steps
+        return true + self.through.chain_steps(self.cheap(defense), replicates)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ebm_defense._torchvision import torchvision
 from ebm_defense.attacks import spec
-from ebm_defense.attacks.library import ANY, LibraryAttack, classes_count, not_installed
+from ebm_defense.attacks.library import ANY, Calls, LibraryAttack, classes_count, not_installed
 from ebm_defense.defense import PurifiedClassifier
 
 # torchattacks does not say in which norm a class moves.
@@ -51,6 +51,13 @@ class TorchattacksAttack(LibraryAttack):
 
     library: ClassVar[str] = "torchattacks"
     filled: ClassVar[frozenset[str]] = frozenset()
+    calls: ClassVar[Mapping[str, Calls]] = {
+        "FGSM": lambda own: 1,
+        **dict.fromkeys(("BIM", "MIFGSM", "PGD", "PGDL2"), lambda own: own.steps),
+        "EOTPGD": lambda own: own.steps * own.eot_iter,
+        "APGD": lambda own: 1 + own.n_restarts * (own.steps + 1) * own.eot_iter,
+        "Square": lambda own: 1 + own.n_restarts * (own.n_queries + 2),
+    }
     needs: ClassVar[Mapping[str, str]] = {}
     refused: ClassVar[Mapping[str, str]] = {
         "LGV": "it trains copies of the model on data of its own",

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from ebm_defense.attacks.base import Attack
-from ebm_defense.attacks.final import FinalImages, check_replicates
+from ebm_defense.attacks.base import Attack, Proposal, cost, lenient
+from ebm_defense.attacks.final import Crafted, FinalImages, check_replicates
 from ebm_defense.attacks.pgd import PGD
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier, as_defense
@@ -58,6 +58,10 @@ class Transfer(FinalImages):
     def direct(self) -> Attack:
         return self.attack.direct
 
+    @property
+    def open_ended(self) -> bool:
+        return self.attack.open_ended
+
     def chain_steps(self, defense: PurifiedClassifier) -> int:
         return super().chain_steps(defense) + self.attack.chain_steps(self._model(defense))
 
@@ -69,8 +73,16 @@ class Transfer(FinalImages):
         *,
         ids: Sequence[int],
         seed: int,
-    ) -> Tensor:
-        return self.attack.run(self._model(defense), images, labels, ids=ids, seed=seed)
+    ) -> Crafted:
+        costs: list[int] = []
+
+        def judge(proposal: Proposal) -> Tensor:
+            costs.append(cost(proposal, model))
+            return lenient(proposal)
+
+        model = self._model(defense)
+        found = self.attack.run(model, images, labels, ids=ids, seed=seed, judge=judge)
+        return Crafted(found, sum(costs))
 
     def _model(self, defense: PurifiedClassifier) -> PurifiedClassifier:
         named = isinstance(self.source, str)

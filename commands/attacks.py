@@ -18,8 +18,8 @@ UNKNOWN = "?"
 class Attacks:
     """List every attack by name, and what it costs on a defense with its default numbers.
 
-    The cost is in Langevin steps an image that stands to the end. What the attacks of other
-    libraries ask of the defense is not known beforehand.
+    The cost is in Langevin steps an image that stands to the end; ≥ marks those of other libraries
+    that ask the defense more often than can be told beforehand.
     """
 
     defense: str = "fashion-mnist"
@@ -33,13 +33,14 @@ class Attacks:
         eps = _eps(self.defense)
         print(f"{'name':<16} {'chain-steps':>12}  {'norms':<14} what it is")
         for name, entry in ATTACKS.items():
-            print(_line(name, _cost(name, entry, defense, eps), " ".join(entry.norms), entry))
+            cost = _cost(name, entry.norms[0], defense, eps)
+            print(_line(name, cost, " ".join(entry.norms), entry))
         for family, entry in FAMILIES.items():
             print(_line(f"{family}:NAME", UNKNOWN, " ".join(entry.norms), entry))
         if self.libraries:
-            print("\nattacks of other libraries, with their norms:")
+            print("\nattacks of other libraries, with their chain-steps and norms:")
             for name, norms in members():
-                print(f"{name:<60} {norms}")
+                print(f"{name:<60} {_cost(name, norms.split()[0], defense, eps):>12}  {norms}")
         print(f"\nchain-steps an image on {self.defense}; settings in brackets: bpda(steps=20)")
         return 0
 
@@ -53,9 +54,10 @@ def _eps(defense: str) -> float:
     return ThreatModel().eps if data is None else data.eps
 
 
-def _cost(name: str, entry: Entry, defense: PurifiedClassifier, eps: float) -> str:
+def _cost(name: str, norm: str, defense: PurifiedClassifier, eps: float) -> str:
     try:
-        attack: Attack = make_attack(name, threat=ThreatModel(norm=entry.norms[0], eps=eps))
-        return f"{attack.chain_steps(defense):,}"
+        attack: Attack = make_attack(name, threat=ThreatModel(norm=norm, eps=eps))
+        least = "≥ " if attack.open_ended else ""
+        return f"{least}{attack.chain_steps(defense):,}"
     except UsageError:
         return "cannot"

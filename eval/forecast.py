@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,17 +32,23 @@ def forecast(job: Job) -> str:
     lines = [f"protocol {job.protocol.name}, {images} images"]
     if steps:
         rate = chain_steps_per_second(job, chains)
+        unknown = [attack.name for attack in job.protocol.attacks if attack.open_ended]
+        least = "at least " if unknown else ""
         lines += [
-            f"chain-steps: {steps * images:,} if every image stands to the end, verifications not "
-            "counted",
-            f"expected time: {steps * images / rate / 3600:.2f} h at {rate:,.0f} chain-steps a "
-            "second, classifier included, measured now",
+            f"chain-steps: {least}{steps * images:,} if every image stands to the end, "
+            f"verifications not counted{_depends(unknown)}",
+            f"expected time: {least}{steps * images / rate / 3600:.2f} h at {rate:,.0f} "
+            "chain-steps a second, classifier included, measured now",
         ]
     else:
         lines += ["no chain-steps: what it costs is the classifier's own"]
     return "\n".join(
         [*lines, f"memory: about {memory:.1f} GiB for {chains} chains, besides the program's own"]
     )
+
+
+def _depends(attacks: Sequence[str]) -> str:
+    return f"; how often {', '.join(attacks)} asks depends on the library" if attacks else ""
 
 
 def chains_at_once(job: Job) -> int:

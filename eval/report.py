@@ -136,7 +136,8 @@ class Report:
 
     def _budget(self) -> str:
         each = self.settings.get("budget", {}).get("chain_steps_an_image", 0)
-        return f"{each:,} chain-steps an image that stands to the end. " if each else ""
+        least = "At least " if any(attack.open_ended for attack in self.protocol.attacks) else ""
+        return f"{least}{each:,} chain-steps an image that stands to the end. " if each else ""
 
     def _footnotes(self) -> str:
         notes = (

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ebm_defense.attacks.base import Attack, Proposal, attack_replicates, lenient
+from ebm_defense.attacks.base import Attack, Proposal, attack_replicates, cost, lenient
 from ebm_defense.attacks.hearing import refuse_nan
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
@@ -114,7 +114,10 @@ class Job:
 
 
 def planned_steps(job: Job) -> int:
-    """Return the chain-steps of one image that stands to the end of every attack, unverified."""
+    """Return the chain-steps of one image that stands to the end of every attack, unverified.
+
+    Attacks that are `open_ended` may cost more.
+    """
     purifier, protocol = job.defense.purifier, job.protocol
     first = attack_replicates(protocol.attacks[-1].replicates, job.defense)
     judge = attack_replicates(protocol.judge_replicates, job.defense)
@@ -317,7 +320,7 @@ def _run_last(job: Job, name: str, attack: Attack, left: Part, hear: Heard, mete
     """Run an attack whose last images alone come before the judge, with a look of their own."""
 
     def unheard(proposal: Proposal) -> Tensor:
-        meter.count(len(proposal.logits) * len(proposal.rows) * job.defense.purifier.chain_steps)
+        meter.count(cost(proposal, job.defense))
         return lenient(proposal)
 
     x = _run_every(job, name, attack, left, unheard, meter)

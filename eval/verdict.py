@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ebm_defense.attacks.base import Proposal, attack_replicates
+from ebm_defense.attacks.base import Proposal, attack_replicates, cost
 from ebm_defense.attacks.hearing import refuse_nan
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier, as_defense
@@ -114,7 +114,7 @@ class Judge:
     def __call__(self, proposal: Proposal) -> Tensor:
         """Judge a proposal and return which of its images still stand, bool `[b]`."""
         rows = proposal.rows.cpu()
-        self.count(len(proposal.logits) * len(rows) * self.defense.purifier.chain_steps)
+        self.count(cost(proposal, self.defense))
         images, logits = self._admit(proposal, rows)
         self._refuse_nan(logits, rows)
         standing = self._stands[rows]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from ebm_defense import LangevinPurifier, PurifiedClassifier, load_data, load_defense
+from ebm_defense import LangevinPurifier, PurifiedClassifier, Purifier, load_data, load_defense
 from ebm_defense.classifiers import WideResNet, WideResNetSettings, normalized
 from ebm_defense.energies import ConvEnergy, ConvEnergySettings
 
@@ -30,6 +30,25 @@ class TwoClass(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         half = self.margin(x) / 2.0
         return torch.stack([-half, half], dim=1)
+
+
+class CountingPurifier(Purifier):
+    """Adds a little noise and remembers how many images each call purified."""
+
+    chain_steps = 7
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def purify(self, images, noise):
+        self.rows.append(len(images))
+        return images + 0.01 * noise.normal(0, images)
+
+
+@pytest.fixture
+def counting_purifier():
+    return CountingPurifier()
 
 
 @pytest.fixture(scope="session")

@@ -86,6 +86,95 @@ def test_an_attack_finds_images_within_its_threat_and_touches_no_global_generato
         assert torch.equal(attack(linear, images, labels), found)
 
 
+class Solid(nn.Module):
+    """Class 0 whatever the image, with a gradient: every attack runs to its end."""
+
+    def forward(self, x):
+        return torch.stack([9.0 + x.flatten(1).mean(1), *x.flatten(1)[:, :2].unbind(1)], dim=1)
+
+
+ANNOUNCED = [
+    (FoolboxAttack, "LinfPGD", LINF, {"steps": 3}),
+    (FoolboxAttack, "L1PGD", ThreatModel(norm="L1", eps=1.0), {"steps": 2}),
+    (FoolboxAttack, "L2AdamPGD", L2, {"steps": 2}),
+    (FoolboxAttack, "L2BasicIterativeAttack", L2, {}),
+    (FoolboxAttack, "L2AdamBasicIterativeAttack", L2, {"steps": 4}),
+    (FoolboxAttack, "FGSM", LINF, {}),
+    (TorchattacksAttack, "FGSM", LINF, {}),
+    (TorchattacksAttack, "BIM", LINF, {}),
+    (TorchattacksAttack, "MIFGSM", LINF, {"steps": 3}),
+    (TorchattacksAttack, "PGD", LINF, {"steps": 3}),
+    (TorchattacksAttack, "PGDL2", L2, {"steps": 3}),
+    (TorchattacksAttack, "EOTPGD", LINF, {"steps": 2, "eot_iter": 3}),
+    (TorchattacksAttack, "APGD", LINF, {"steps": 3, "n_restarts": 2, "eot_iter": 2}),
+    (TorchattacksAttack, "Square", L2, {"n_queries": 4, "n_restarts": 3}),
+    (ArtAttack, "BasicIterativeMethod", LINF, {"max_iter": 3}),
+    (ArtAttack, "ProjectedGradientDescent", L2, {"max_iter": 3}),
+    (ArtAttack, "ProjectedGradientDescent", LINF, {"max_iter": 3, "num_random_init": 2}),
+]
+OPEN = [
+    (FoolboxAttack, "L2DeepFoolAttack", L2, {"steps": 2}),
+    (TorchattacksAttack, "FAB", L2, {"steps": 2}),
+    (ArtAttack, "DeepFool", L2, {"max_iter": 2}),
+]
+
+
+def spent(attack, counting_purifier, images, listen) -> tuple[int, int]:
+    """The chain-steps that an attack really costs, and those that it tells the judge."""
+    defense, heard = PurifiedClassifier(Solid(), counting_purifier), listen()
+    labels = torch.zeros(len(images), dtype=torch.long)
+    attack.run(defense, images, labels, ids=range(len(images)), seed=0, judge=heard)
+    (proposal,) = heard.proposals
+    return sum(counting_purifier.rows) * counting_purifier.chain_steps, proposal.chain_steps
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "threat", "own"), ANNOUNCED, ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_the_cost_of_a_well_known_class_is_announced(
+    images, counting_purifier, listen, kind, name, threat, own
+) -> None:
+    attack = kind.of(name, threat=threat, replicates=2, **own)
+    real, told = spent(attack, counting_purifier, images[:3], listen)
+    defense = PurifiedClassifier(Solid(), counting_purifier)
+    assert not attack.open_ended
+    assert real == told == 3 * attack.chain_steps(defense)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "threat", "own"), OPEN, ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_the_cost_of_other_classes_is_counted_as_it_arises(
+    images, counting_purifier, listen, kind, name, threat, own
+) -> None:
+    attack = kind.of(name, threat=threat, replicates=2, **own)
+    real, told = spent(attack, counting_purifier, images[:3], listen)
+    least = attack.chain_steps(PurifiedClassifier(Solid(), counting_purifier))
+    assert attack.open_ended
+    assert real == told > 3 * least == 3 * 2 * counting_purifier.chain_steps
+
+
+def test_every_class_whose_cost_is_announced_exists() -> None:
+    for kind in LIBRARIES:
+        assert set(kind.calls) <= {c.__name__ for c in kind.classes().values()}
+
+
+def test_a_parameter_that_is_no_number_is_left_to_the_library() -> None:
+    assert FoolboxAttack.of("LinfPGD", threat=LINF, steps=None).open_ended
+
+
+def test_one_image_after_the_other_costs_what_every_try_costs(counting_purifier, images) -> None:
+    images = images.clone().clamp(max=0.9)
+    images[2, 0, 0, 0] = 1.0
+    defense = PurifiedClassifier(Fussy(), counting_purifier)
+    attack = TorchattacksAttack.of("FGSM", threat=LINF, replicates=2)
+    with pytest.warns(UserWarning, match="gave up on image 2"):
+        crafted = attack.craft(
+            defense, images, torch.zeros(8, dtype=torch.long), ids=range(8), seed=0
+        )
+    assert crafted.chain_steps == sum(counting_purifier.rows) * counting_purifier.chain_steps
+
+
 def refusal(kind, name: str) -> str:
     """Why a class cannot be used in Linf; nothing if it can."""
     try:
@@ -167,10 +256,10 @@ def test_evaluate_judges_a_library_attack_and_keeps_its_parameters(
 
 
 class Fussy(nn.Module):
-    """Refuses to be asked for gradients of images whose first pixel is 1."""
+    """Refuses to be asked for gradients of images whose first pixel is above 0.95."""
 
     def forward(self, x):
-        if x.requires_grad and bool((x[:, 0, 0, 0] == 1).any()):
+        if x.requires_grad and bool((x[:, 0, 0, 0] > 0.95).any()):
             raise RuntimeError("that image is too much\nfor me")
         return torch.stack([x.flatten(1).sum(1), 0 * x.flatten(1).sum(1) + 32], dim=1)
 

@@ -36,6 +36,21 @@ def true_gradient(linear):
     return (1.0 - 2.0 * labels).view(-1, 1, 1, 1) * linear.weight
 
 
+def towards(targets):
+    """A loss that holds one target an image, as targeted attacks make it."""
+    return lambda logits, labels: logits.mean(0).gather(1, targets[:, None]).squeeze(1)
+
+
+def test_a_targeted_loss_keeps_each_images_target(linear):
+    targets = torch.tensor([1, 0, 1])
+    together = estimate(as_defense(linear), 5, loss=towards(targets))
+    own = estimate(as_defense(linear), 5, loss=towards(1 - targets))
+    # The two logits are ±g/2, so that the targets alone decide on the sign.
+    torch.testing.assert_close(together, -own)
+    signed = estimate(as_defense(linear), 5, loss=towards(torch.ones(3, dtype=torch.long)))
+    torch.testing.assert_close(together, (2.0 * targets - 1.0).view(-1, 1, 1, 1) * signed)
+
+
 @pytest.mark.parametrize("samples", [100, 1600])
 def test_the_gradient_of_a_linear_margin_is_met_as_samples_allow(linear, samples):
     # Of v·(v·w) a pixel has the mean w_i and the variance ‖w‖² − w_i².

@@ -26,6 +26,9 @@ def test_attacks_lists_every_name_with_its_cost(run, tiny_defense) -> None:
     assert names >= {"foolbox:L2DeepFoolAttack", "torchattacks:Square", "art:DeepFool"}
     (bpda,) = (line for line in printed.splitlines() if line.startswith("bpda"))
     assert f"{(50 + 1) * 15 * 3:,}" in bpda
+    costs = {line.split()[0]: line for line in printed.splitlines() if line}
+    assert f" {(10 + 1) * 15 * 3:,} " in costs["torchattacks:PGD"]
+    assert f" ≥ {15 * 3:,} " in costs["foolbox:L2DeepFoolAttack"]
     assert "Hill et al. 2021" in bpda
     short = run("attacks", "--defense", tiny_defense, "--no-libraries")[1]
     assert "foolbox:L2DeepFoolAttack" not in short

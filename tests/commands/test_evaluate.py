@@ -68,6 +68,19 @@ def test_dry_run_prints_the_cost_and_writes_nothing(run, tiny_defense, tmp_path)
     assert not out.exists()
 
 
+def test_a_dry_run_promises_no_number_that_a_library_decides(run, tiny_defense) -> None:
+    numbers = ("--images", 6, "--replicates", 2, "--judge-replicates", 3, "--dry-run")
+    words = ("evaluate", "--defense", tiny_defense, "--data", "digits", *numbers, "--attack")
+    printed = run(*words, "foolbox:LinfDeepFoolAttack")[1]
+    # 2 draws of the final image are all that is sure of the attack.
+    assert f"chain-steps: at least {6 * 3 * (3 + 2 + 2 + 3):,} if" in printed
+    assert "how often foolbox LinfDeepFoolAttack asks the defense depends on the library" in printed
+    assert "expected time: at least" in printed
+    printed = run(*words, "torchattacks:PGD(steps=3)")[1]
+    assert f"chain-steps: {6 * 3 * (3 + 2 + (3 + 1) * 2 + 3):,} if" in printed
+    assert "depends" not in printed
+
+
 @pytest.mark.parametrize(
     "purifier", ["none", "gaussian:0.1", "jpeg:75", "bits:3", "tv:0.1", "median:3"]
 )

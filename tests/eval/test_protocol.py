@@ -9,6 +9,7 @@ from torch import nn
 import ebm_defense.attacks
 from ebm_defense import PurifiedClassifier, Purifier, UsageError
 from ebm_defense.attacks import PGD, CrossEntropy, ThreatModel, Transfer
+from ebm_defense.attacks.threat import NORMS
 from ebm_defense.eval import (
     PROTOCOLS,
     OneStage,
@@ -136,7 +137,12 @@ def test_standard_without_a_member_is_called_partial():
         attacks = tuple(a for i, a in enumerate(protocol.attacks) if i != left_out)
         assert dataclasses.replace(protocol, attacks=attacks).name == "standard-partial"
     assert dataclasses.replace(protocol, ensemble=False).name == "standard-partial"
-    assert get_protocol("standard", norm="L2", eps=0.5).name == "standard-partial"
+
+
+@needs("Full", "APGD", "TargetedAPGD", "DLR", "DiffHammer", "Square")
+@pytest.mark.parametrize("norm", NORMS)
+def test_standard_is_whole_in_every_norm(norm):
+    assert get_protocol("standard", norm=norm, eps=0.5).name == "standard"
 
 
 def test_nothing_else_can_be_called_standard():
