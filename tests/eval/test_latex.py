@@ -118,7 +118,7 @@ def report(langevin_defense, sample) -> Report:
 )
 def test_pdflatex_sets_every_table_within_the_text(report, tmp_path):
     named = [dataclasses.replace(report, name=f"{NASTY} {i}") for i in range(3)]
-    signs = " ".join(map(escape, SIGNS))
+    signs = rf"{{\raggedright {' '.join(map(escape, SIGNS))}\par}}"
     log, text = compiled(f"{report.to_latex()}\n{compare(named).to_latex()}\n{signs}", tmp_path)
     assert "Overfull" not in log
     assert "Missing character" not in log
