@@ -21,12 +21,14 @@ class Proposal(NamedTuple):
         rows: which images of the batch these are, `[b]`.
         images: `[b, C, H, W]` in [0, 1].
         logits: the defense's replicate logits on them as the attack saw them, `[r, b, classes]`.
+        blind: on which of them the gradient was NaN or infinite, bool `[b]`; None without one.
     """
 
     step: int
     rows: Tensor
     images: Tensor
     logits: Tensor
+    blind: Tensor | None = None
 
 
 Judge = Callable[[Proposal], Tensor]
