@@ -221,8 +221,9 @@ class Cliff(nn.Module):
         return self.network(x) + 0.0 * (1.0 - dark + 0.0 * x.flatten(1).sum(1, True)).sqrt()
 
 
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("name", ["PGD", "APGD", "targeted APGD", "DiffHammer"])
-def test_a_gradient_of_nan_counts_as_zero_and_the_judge_hears_of_it(name, caplog):
+def test_a_gradient_of_nan_counts_as_zero_and_the_judge_hears_of_it(name, norm, caplog):
     images, labels = data()
     images[1:3] *= 0.3
     blind = torch.zeros(4, dtype=torch.int64)
@@ -231,7 +232,7 @@ def test_a_gradient_of_nan_counts_as_zero_and_the_judge_hears_of_it(name, caplog
         blind[proposal.rows] += proposal.blind
         return lenient(proposal)
 
-    attack, ids = attack_of(name), [14, 15, 16, 17]
+    attack, ids = attack_of(name, norm), [14, 15, 16, 17]
     found = attack.run(as_defense(Cliff()), images, labels, ids=ids, seed=0, judge=judge)
     plain = attack.run(as_defense(network()), images, labels, ids=ids, seed=0)
     assert torch.equal(found[[0, 3]], plain[[0, 3]])  # no other image is touched by it
