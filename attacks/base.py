@@ -21,6 +21,7 @@ class Proposal(NamedTuple):
         rows: which images of the batch these are, `[b]`.
         images: `[b, C, H, W]` in [0, 1].
         logits: the defense's replicate logits on them as the attack saw them, `[r, b, classes]`.
+        blind: on which of them the gradient was NaN or infinite, bool `[b]`; None without one.
         chain_steps: Langevin steps that making and seeing them cost, all images together; None for
             those of the logits alone.
     """
@@ -29,6 +30,7 @@ class Proposal(NamedTuple):
     rows: Tensor
     images: Tensor
     logits: Tensor
+    blind: Tensor | None = None
     chain_steps: int | None = None
 
 

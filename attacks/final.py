@@ -76,7 +76,7 @@ class FinalImages(DirectCall):
         with torch.no_grad():
             logits = defense.replicate_logits(x, keys)
         cost = crafted.chain_steps + keys.numel() * defense.purifier.chain_steps
-        judge(Proposal(0, torch.arange(len(x)), x, logits, cost))
+        judge(Proposal(0, torch.arange(len(x)), x, logits, chain_steps=cost))
         return x
 
 

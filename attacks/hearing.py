@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,9 +12,12 @@ from torch import Tensor
 from ebm_defense.attacks.base import Judge, Proposal, attack_replicates
 from ebm_defense.attacks.gradients import Gradient, Look
 from ebm_defense.attacks.losses import Loss
+from ebm_defense.attacks.threat import per_image
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import KeyedNoise, chain_keys
+
+LOG = logging.getLogger("ebm_defense.attacks")
 
 
 class Seen(NamedTuple):
@@ -22,7 +26,8 @@ class Seen(NamedTuple):
     Attributes:
         stands: which of the images looked at still stand, bool on the images' device.
         loss: `[b]`.
-        gradient: of the loss, `[b, C, H, W]`; zero where none was asked for.
+        gradient: of the loss, `[b, C, H, W]`; zero where none was asked for, and where it was NaN
+            or infinite.
         logits: `[r, b, classes]`.
     """
 
@@ -74,6 +79,7 @@ class Hearing:
         self.found = images.clone()
         self._wrong = torch.zeros(len(images), dtype=torch.bool, device=images.device)
         self._loss = images.new_full((len(images),), -torch.inf)
+        self._warned = False
 
     @property
     def over(self) -> bool:
@@ -104,7 +110,7 @@ class Hearing:
         """Look at `x` `[b, C, H, W]`, in place of the images that still stand, and be judged.
 
         Raises:
-            UsageError: the defense returned logits, or a gradient, that are not finite.
+            UsageError: the defense returned logits that are not finite.
         """
         purpose = f"attack step {self.looks}"
         keys = chain_keys(self.seed, purpose, self._standing_ids(), self.replicates)
@@ -113,14 +119,17 @@ class Hearing:
                 look = Look(torch.zeros_like(x), self.defense.replicate_logits(x, keys))
         else:
             look = gradient(self.defense, x, self.labels, keys, loss)
-        self._refuse_not_finite(look)
+        refuse_nan(look.logits, self._standing_ids())
+        blind = ~look.gradient.flatten(1).isfinite().all(1)
+        self._warn(blind)
+        slope = look.gradient.masked_fill(per_image(blind), 0.0)
         with torch.no_grad():
             value = loss(look.logits, self.labels)
         cost = len(self.rows) * self._cost(gradient)
-        stands = self.judge(Proposal(self.looks, self.rows, x, look.logits, cost)).cpu()
+        stands = self.judge(Proposal(self.looks, self.rows, x, look.logits, blind, cost)).cpu()
         self.found[self.rows[~stands]] = x[~stands]
         self.rows, self.looks = self.rows[stands], self.looks + 1
-        return Seen(stands, value[stands], look.gradient[stands], look.logits[:, stands])
+        return Seen(stands, value[stands], slope[stands], look.logits[:, stands])
 
     def keep(self, x: Tensor, seen: Seen) -> None:
         """Keep `x`, just seen and still standing, where it is the best so far.
@@ -146,13 +155,14 @@ class Hearing:
     def _standing_ids(self) -> list[int]:
         return [self._ids[i] for i in self.rows.tolist()]
 
-    def _refuse_not_finite(self, look: Look) -> None:
-        refuse_nan(look.logits, self._standing_ids())
-        bad = ~look.gradient.flatten(1).isfinite().all(1)
-        if bad.any():
-            raise UsageError(
-                f"the gradient for image {_named(bad, self._standing_ids())} is NaN or infinite; "
-                "choose another gradient or loss, or lower the purifier's step size."
+    def _warn(self, blind: Tensor) -> None:
+        """Say once that a gradient is none; the judge counts how often."""
+        if blind.any() and not self._warned:
+            self._warned = True
+            LOG.warning(
+                "the gradient for image %s is NaN or infinite and counts as 0 there; choose "
+                "another gradient or loss, or lower the purifier's step size.",
+                _named(blind, self._standing_ids()),
             )
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from torch import nn
 
 from ebm_defense.commands.parts import (
     Device,
@@ -39,7 +40,7 @@ from ebm_defense.langevin import LangevinSettings
 from ebm_defense.purifiers import LangevinPurifier, Purifier
 from ebm_defense.weights import load_defense
 
-COMMAND = "command.toml"
+COMMAND, UNDEFENDED = "command.toml", "undefended"
 ALONE_SHARD = "1/1"
 PICTURED = 8
 
@@ -96,9 +97,10 @@ class Evaluate:
     average: str | None = None
     """How replicates are averaged: logits, softmax, log_softmax or votes."""
     classifier: str | None = None
-    """A classifier of your own instead: package.module:factory, [0, 1] images to logits."""
+    """Another classifier: undefended, which the defense keeps beside its own, or one of yours,
+    package.module:factory, [0, 1] images to logits."""
     classifier_weights: Path | None = None
-    """Its state_dict."""
+    """The state_dict of your classifier."""
     energy: str | None = None
     """An energy of your own: package.module:factory, [N, C, H, W] in [-1, 1] to [N]."""
     energy_weights: Path | None = None
@@ -210,19 +212,33 @@ class Evaluate:
 
     def make_defense(self) -> PurifiedClassifier:
         """Return the defense that the options name."""
+        self._refuse_lone_weights()
         options: dict[str, Any] = {"max_chains": self.max_chains}
         if self.average is not None:
             options["average"] = self.average
         if (self.classifier, self.energy, self.purifier) == (None, None, None):
             chain = {"steps": self.langevin_steps, "precision": self._chain_precision()}
             return load_defense(self.defense, **chain, **options)
-        if self.classifier is None:
-            shipped = load_defense(self.defense)
-            classifier, undefended = shipped.classifier, shipped.undefended
-        else:
-            classifier = make_module(self.classifier, self.classifier_weights, "classifier")
-            undefended = classifier
+        classifier, undefended = self._classifiers()
         return PurifiedClassifier(classifier, self._purifier(), undefended=undefended, **options)
+
+    def _classifiers(self) -> tuple[nn.Module, nn.Module]:
+        """Return the classifier behind the purifier, and the one that is shown as undefended."""
+        if self.classifier not in (None, UNDEFENDED):
+            own = make_module(self.classifier, self.classifier_weights, "classifier")
+            return own, own
+        shipped = load_defense(self.defense)
+        behind = shipped.classifier if self.classifier is None else shipped.undefended
+        return behind, shipped.undefended
+
+    def _refuse_lone_weights(self) -> None:
+        own = {self.classifier_weights: self.classifier, self.energy_weights: self.energy}
+        for weights, network in own.items():
+            if weights is not None and ":" not in (network or ""):
+                raise UsageError(
+                    f"{weights} are weights of no network of yours; name the one that they are of "
+                    "by its package.module:factory."
+                )
 
     def _chain_precision(self) -> str | None:
         return None if self.precision == "auto" else self.precision

@@ -17,7 +17,8 @@ from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers import LangevinPurifier
 
 MOMENTS = (0, 10, 50, 100, 200, 500, 1000, 1500, 2000)
-RIGHT, WRONG, PLAIN = "#1a7f37", "#b3261e", "#444444"
+RIGHT, WRONG, PLAIN = "#1f883d", "#d1453b", "#6e7781"
+"""Ink that can be read on white paper and on a dark page, for the picture has no ground."""
 
 Strip = list[tuple[str, Tensor]]
 """Rows of a film strip: a name and images `[n, C, H, W]` in [0, 1]."""
@@ -73,14 +74,16 @@ def draw_strip(
         for i, axis in enumerate(line):
             axis.imshow(pixels(images[i]), cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_color(PLAIN)
             if verdicts is not None:
                 right = None if labels is None else bool(verdicts[i] == labels[i])
                 text = classes[verdicts[i]] if classes else str(verdicts[i])
                 axis.set_xlabel(text, fontsize=8, color=_colour(right), labelpad=2)
-        line[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center", labelpad=6)
-    figure.suptitle(title, fontsize=10)
+        side = {"rotation": 0, "ha": "right", "va": "center", "labelpad": 6}
+        line[0].set_ylabel(name, fontsize=9, color=PLAIN, **side)
+    figure.suptitle(title, fontsize=10, color=PLAIN)
     with atomic(path) as partial:
-        figure.savefig(partial, dpi=130)
+        figure.savefig(partial, dpi=130, transparent=True)
 
 
 def _verdicts(classify: Callable[[Tensor], Tensor], images: Tensor) -> list[int]:

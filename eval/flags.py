@@ -106,6 +106,15 @@ def _no_gradient(e: Evidence) -> Finding:
                 f"infinite on {slope.broken}",
                 e.using(name),
             )
+    for number, attack in enumerate(e.protocol.attacks):
+        if f"{number} {attack.name}: blind" not in e.records:
+            continue  # a run of before this was kept
+        if blind := int((e.column(number, "blind") > 0).sum()):
+            yield (
+                f"the gradient of {attack.name} was NaN or infinite on {blind} of "
+                f"{len(e.records)} images, and counted as 0 there",
+                (number,),
+            )
 
 
 def _no_curvature(e: Evidence) -> Finding:

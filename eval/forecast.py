@@ -48,7 +48,11 @@ def forecast(job: Job) -> str:
 
 
 def _depends(attacks: Sequence[str]) -> str:
-    return f"; how often {', '.join(attacks)} asks depends on the library" if attacks else ""
+    return (
+        f"; how often {', '.join(attacks)} asks the defense depends on the library"
+        if attacks
+        else ""
+    )
 
 
 def chains_at_once(job: Job) -> int:

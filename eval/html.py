@@ -8,8 +8,8 @@ from typing import Any
 
 from ebm_defense.eval.folder import ENVIRONMENT, read_toml
 from ebm_defense.eval.page import data_uri, png, render
-from ebm_defense.eval.plots import draw_curve, inline_svg, step_canvas
-from ebm_defense.eval.report import Report, attack_title
+from ebm_defense.eval.plots import draw_curve, draw_legend, inline_svg, step_canvas
+from ebm_defense.eval.report import DEFINED_ON, Report, attack_title
 from ebm_defense.eval.runner import attack_column
 from ebm_defense.eval.statistics import Share
 
@@ -29,7 +29,7 @@ def report_page(report: Report, folder: Path | None = None, strip: bytes | None 
         UsageError: a file of the folder is damaged.
     """
     last = report.protocol.attacks[-1]
-    table = report.printable()
+    table, definitions = report.printable(), report.printable_definitions(lambda *cell: cell)
     return render(
         "report.html",
         name=report.name,
@@ -40,6 +40,8 @@ def report_page(report: Report, folder: Path | None = None, strip: bytes | None 
         head=list(table.columns),
         rows=table.to_numpy().tolist(),
         caption=report.caption(),
+        definitions=[list(definitions.columns), *definitions.to_numpy().tolist()],
+        defined_on=DEFINED_ON,
         flags=report.flags,
         curve=_curve(report),
         strip=_strip(folder, strip),
@@ -86,8 +88,8 @@ def _curve(report: Report) -> str | None:
     figure, axis = step_canvas()
     for colour, number in enumerate(shown):
         title = attack_title(report.protocol.attacks[number])
-        draw_curve(axis, report, colour, number, title)
-    axis.legend(fontsize=8, frameon=False)  # a frame would stay white on a dark page
+        draw_curve(axis, report, colour, number, title, of=len(shown))
+    draw_legend(axis)
     return inline_svg(figure)
 
 

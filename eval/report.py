@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ebm_defense.attacks.base import Attack
+from ebm_defense.eval import latex
 from ebm_defense.eval.definitions import definition_table
 from ebm_defense.eval.flags import Evidence, Flag, raise_flags
 from ebm_defense.eval.folder import Done
@@ -22,12 +24,18 @@ from ebm_defense.eval.runner import attack_column
 from ebm_defense.eval.statistics import CONFIDENCE, Share, share
 from ebm_defense.eval.wording import describe_attack, describe_purifier, describe_verdict
 from ebm_defense.files import writable_folder, write_text
+from ebm_defense.purifiers import NoPurifier
 
 WORST_OF_ALL = "worst of all"
 DEFINED_ON = (
     "On fresh draws of the final images, independent of the attack's and the judge's; beside each "
     "attack the clean baseline of the same definition."
 )
+
+
+def inline(number: str, interval: str) -> str:
+    """Return a number and its interval on one line."""
+    return f"{number} ({interval})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,17 +69,32 @@ class Report:
         Images that the judge's rule left undecided count both ways: the interval runs from where
         all of them are broken to where all of them stand.
         """
-        right, total = self.records[column], len(self.records)
-        doubt = self.records.get(f"{column.removesuffix(': stands')}: undecided", 0 * right)
-        found = share(int(right.sum()), total)
-        low = share(int((right * (1 - doubt)).sum()), total).low
-        high = share(int(right.where(doubt == 0, 1).sum()), total).high
-        return found._replace(low=low, high=high)
+        low, found, high = (
+            share(int(self.outcomes(column, doubt).sum()), len(self.records))
+            for doubt in (0, None, 1)
+        )
+        return found._replace(low=low.low, high=high.high)
+
+    def outcomes(self, column: str, doubt: int | None = None) -> pd.Series[Any]:
+        """Return 1 or 0 an image; `doubt` on those left undecided, if it is given."""
+        right = self.records[column]
+        undecided = self.records.get(f"{column.removesuffix(': stands')}: undecided", 0 * right)
+        return right if doubt is None else right.where(undecided == 0, doubt)
 
     def robust(self, attack: int = -1) -> Share:
         """Return robust accuracy under the protocol's attack of this number."""
         number = range(len(self.protocol.attacks))[attack]
-        return self.share(f"{attack_column(number, self.protocol.attacks[number])}: stands")
+        return self.share(stands_column(number, self.protocol.attacks[number]))
+
+    def cost(self) -> float:
+        """Return the chain-steps that an image of the run cost, all phases together."""
+        return sum(self.chain_steps.values()) / max(len(self.records), 1)
+
+    def prediction_cost(self) -> float:
+        """Return the chain-steps of one prediction as it was judged: K times draws, or 0."""
+        purifier = self.settings["defense"]["purifier"]
+        draws = self.protocol.judge_replicates if purifier.get("stochastic", True) else 1
+        return float(purifier.get("steps", 0) * draws)
 
     def table(self) -> pd.DataFrame:
         """Return accuracies with their 95% intervals, a row for each model and attack."""
@@ -83,7 +106,7 @@ class Report:
         From fresh draws of the final images, on streams that neither attack nor judge has seen.
         """
         named = enumerate(self.protocol.attacks)
-        final = {attack_column(i, a): self._final_title(a) for i, a in named}
+        final = {attack_column(i, a): self.final_title(i) for i, a in named}
         return definition_table(self.records, {"clean": "none"} | final)
 
     def curve(self, attack: int = -1) -> pd.Series:
@@ -94,8 +117,11 @@ class Report:
         left = [1.0 - float(((broken >= 0) & (broken <= s)).mean()) for s in range(one.looks)]
         return pd.Series(left, name="robust accuracy")
 
-    def _final_title(self, attack: Attack) -> str:
-        return WORST_OF_ALL if self.protocol.ensemble else attack_title(attack)
+    def final_title(self, attack: int = -1) -> str:
+        """Return what the images that an attack of this number ends with are called."""
+        return (
+            WORST_OF_ALL if self.protocol.ensemble else attack_title(self.protocol.attacks[attack])
+        )
 
     def _lines(self) -> list[tuple[str, str, str]]:
         lines = []
@@ -105,18 +131,22 @@ class Report:
                 ("undefended", "none", "undefended_clean"),
                 ("undefended", attack.name, "undefended_attacked"),
             ]
-        draws = self.protocol.judge_replicates
+        draws, model = self.protocol.judge_replicates, self._model()
         lines += [
-            ("defended", f"none (one stage of {draws} draws)", "clean"),
-            ("defended", f"none ({self.protocol.verdict.name} rule)", "natural"),
+            (model, f"none (one stage of {draws} draws)", "clean"),
+            (model, f"none ({self.protocol.verdict.name} rule)", "natural"),
         ]
         for number, attack in enumerate(self.protocol.attacks):
-            column = f"{attack_column(number, attack)}: stands"
+            column = stands_column(number, attack)
             then = "then " if self.protocol.ensemble and number else ""
-            lines.append(("defended", f"{then}{attack_title(attack)}", column))
+            lines.append((model, f"{then}{attack_title(attack)}", column))
         if self.protocol.ensemble:
-            lines.append(("defended", WORST_OF_ALL, lines[-1][-1]))
+            lines.append((model, WORST_OF_ALL, lines[-1][-1]))
         return lines
+
+    def _model(self) -> str:
+        bare = self.settings["defense"]["purifier"]["kind"] == NoPurifier.__name__
+        return "undefended" if bare else "defended"
 
     def caption(self) -> str:
         """Return everything the numbers depend on, in sentences, and what the marks mean."""
@@ -157,10 +187,10 @@ class Report:
     def _marked(self) -> tuple[list[str], list[str]]:
         """Return the table's models and attacks with the marks of their flags."""
         lines = self._lines()
-        before = [column for _, _, column in lines].index(
-            f"{attack_column(0, self.protocol.attacks[0])}: stands"
-        )
-        models = [m + self._marks(None) * (m == "defended") for m, _, _ in lines]
+        columns = [column for _, _, column in lines]
+        before = columns.index(stands_column(0, self.protocol.attacks[0]))
+        own = columns.index("clean")  # the rows before are of the bare classifier beside it
+        models = [m + self._marks(None) * (i >= own) for i, (m, _, _) in enumerate(lines)]
         attacks = [
             a + (self._marks(i - before) if i >= before else "")
             for i, (_, a, _) in enumerate(lines)
@@ -169,21 +199,35 @@ class Report:
 
     def to_text(self) -> str:
         """Return the table and its caption for a terminal."""
-        tables = (self.printable(), self._printable_definitions())
+        tables = (self.printable(), self.printable_definitions())
         shown = "\n\n".join(t.to_string(index=False) for t in tables)
         return f"{shown}\n\n{self.caption()}\n"
 
     def to_markdown(self) -> str:
         """Return the table and its caption as Markdown."""
-        tables = (self.printable(), self._printable_definitions())
+        tables = (self.printable(), self.printable_definitions())
         shown = "\n\n".join(t.to_markdown(index=False, disable_numparse=True) for t in tables)
         return f"{shown}\n\n{self.caption()}\n"
 
     def to_latex(self) -> str:
         """Return the tables as LaTeX with booktabs, their captions included."""
-        captions = (self.caption(), f"The same images by other definitions. {DEFINED_ON}")
-        tables = (self.printable(), self._printable_definitions())
-        return "\n".join(_latex(t, c) for t, c in zip(tables, captions, strict=True))
+        accuracies, definitions = self.printable(), self.printable_definitions(latex.stacked)
+        rows = accuracies.astype(str).to_numpy().tolist()
+        first = latex.table(
+            list(accuracies.columns),
+            [[latex.words(cell) for cell in row] for row in rows],
+            align="llrcr",
+            caption="Accuracies before and after attack.",
+            notes=self.caption(),
+        )
+        second = latex.table(
+            list(definitions.columns),
+            [[latex.words(name), *cells] for name, *cells in definitions.to_numpy().tolist()],
+            align="l" + "c" * (definitions.shape[1] - 1),
+            caption="The same images by other definitions: accuracy in % and its interval.",
+            notes=DEFINED_ON,
+        )
+        return f"{first}\n{second}"
 
     def to_csv(self) -> str:
         """Return the table as CSV, with unrounded numbers."""
@@ -201,14 +245,15 @@ class Report:
         write_text(path / "flags.toml", tomli_w.dumps({"flag": raised}))
         return path
 
-    def _printable_definitions(self) -> pd.DataFrame:
+    def printable_definitions(self, cell: Callable[[str, str], Any] = inline) -> pd.DataFrame:
+        """Return the table of definitions as it is printed: a row each, a column an attack.
+
+        Args:
+            cell: writes a number and its interval, both rounded.
+        """
         found = self.definitions()
-        cells = found.assign(
-            cell=[
-                f"{100 * value:.1f} ({ends})"
-                for value, ends in zip(found["accuracy"], _intervals(found), strict=True)
-            ],
-        )
+        numbers = [f"{100 * value:.1f}" for value in found["accuracy"]]
+        cells = found.assign(cell=list(map(cell, numbers, _intervals(found))))
         wide = cells.pivot_table(
             index="definition", columns="images of", values="cell", aggfunc="first", sort=False
         )
@@ -262,15 +307,9 @@ def _intervals(table: pd.DataFrame) -> list[str]:
     return [f"{100 * low:.1f} to {100 * high:.1f}" for low, high in ends]
 
 
-def _latex(table: pd.DataFrame, caption: str) -> str:
-    named = table.rename(columns=_escape)
-    style = named.style.hide(axis="index").format(escape="latex")
-    latex: str = style.to_latex(hrules=True, caption=_escape(caption), position_float="centering")
-    return latex
-
-
-def _escape(text: str) -> str:
-    return text.replace("%", r"\%").replace("_", r"\_")
+def stands_column(number: int, attack: Attack) -> str:
+    """Return the records' column of which images stand after an attack."""
+    return f"{attack_column(number, attack)}: stands"
 
 
 def attack_title(attack: Attack) -> str:

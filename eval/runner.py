@@ -318,15 +318,18 @@ def _run_every(
 
 def _run_last(job: Job, name: str, attack: Attack, left: Part, hear: Heard, meter: Meter) -> Tensor:
     """Run an attack whose last images alone come before the judge, with a look of their own."""
+    blind = torch.zeros(len(left.labels), dtype=torch.bool)
 
     def unheard(proposal: Proposal) -> Tensor:
+        if proposal.blind is not None:
+            blind[proposal.rows.cpu()] |= proposal.blind.cpu()
         meter.count(cost(proposal, job.defense))
         return lenient(proposal)
 
     x = _run_every(job, name, attack, left, unheard, meter)
     looks = Stream(job.seed, f"attack {name} last look", attack.replicates)
     logits = draw_logits(job.defense, x, left.ids, looks)
-    hear(Proposal(attack.looks - 1, torch.arange(len(x)), x, logits))
+    hear(Proposal(attack.looks - 1, torch.arange(len(x)), x, logits, blind))
     return x
 
 
@@ -366,4 +369,5 @@ def _verdict_columns(name: str, verdict: Verdict) -> Columns:
         f"{name}: undecided": verdict.undecided.int().tolist(),
         f"{name}: attack right": verdict.seen[0].tolist(),
         f"{name}: attack draws": verdict.seen[1].tolist(),
+        f"{name}: blind": verdict.blind.tolist(),
     }

@@ -53,6 +53,7 @@ class Verdict:
         images: `[b, C, H, W]`: the image that broke it, or the last one proposed.
         seen: of the attack's own draws on that image, how many were right, and of how many,
             `[2, b]`.
+        blind: on how many of the attack's looks its gradient was NaN or infinite.
     """
 
     stands: Tensor
@@ -62,6 +63,7 @@ class Verdict:
     undecided: Tensor
     images: Tensor
     seen: Tensor
+    blind: Tensor
 
 
 class Judge:
@@ -109,6 +111,7 @@ class Judge:
         self._looks = torch.zeros(len(labels), dtype=torch.int64)
         self._undecided = torch.zeros(len(labels), dtype=torch.bool)
         self._seen = torch.zeros((2, len(labels)), dtype=torch.int64)
+        self._blind = torch.zeros(len(labels), dtype=torch.int64)
         self._images = originals.clone()
 
     def __call__(self, proposal: Proposal) -> Tensor:
@@ -117,6 +120,8 @@ class Judge:
         self.count(cost(proposal, self.defense))
         images, logits = self._admit(proposal, rows)
         self._refuse_nan(logits, rows)
+        if proposal.blind is not None:
+            self._blind[rows] += proposal.blind.cpu()
         standing = self._stands[rows]
         self._see(images[standing], logits[:, standing], rows[standing])
         combine = self.defense.combine
@@ -136,6 +141,7 @@ class Judge:
             undecided=self._undecided.clone(),
             images=self._images.clone(),
             seen=self._seen.clone(),
+            blind=self._blind.clone(),
         )
 
     def strike(self, rows: Tensor) -> None:

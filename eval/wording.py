@@ -12,20 +12,25 @@ from ebm_defense.eval.sequential import Sequential
 
 
 def describe_attack(attack: Attack) -> str:
-    """Return one sentence that says exactly what an attack does."""
+    """Return one sentence that says exactly what an attack does, its name first."""
+    return f"{attack.name}: {attack_details(attack)}"
+
+
+def attack_details(attack: Attack) -> str:
+    """Return what an attack of this name does: all its numbers, and a full stop."""
     if isinstance(attack, Transfer):
         return (
-            f"{attack.name[0].upper()}{attack.name[1:]}: its final iterates, "
-            f"{_steps(attack.attack)}, first seen through {attack.replicates} replicates."
+            f"its final iterates, {_steps(attack.attack)}, first seen through {attack.replicates} "
+            "replicates."
         )
     if isinstance(attack, PGD):
         return (
-            f"{attack.name}: {_steps(attack)}, {attack.gradient.name} gradient, "
-            f"{attack.replicates} replicates a step."
+            f"{_steps(attack)}, {attack.gradient.name} gradient, {attack.replicates} replicates a "
+            "step."
         )
     gradient = getattr(attack, "gradient", None)
     through = f"{gradient.name} gradient, " if gradient else ""
-    return f"{attack.name}: {attack.threat}, {through}{attack.replicates} replicates a look."
+    return f"{attack.threat}, {through}{attack.replicates} replicates a look."
 
 
 def _steps(attack: Attack) -> str:
@@ -46,12 +51,24 @@ def describe_verdict(rule: Rule, most: int) -> str:
     return f"Judged on {most} fresh replicates ({rule.name} rule)."
 
 
+PURIFIERS = {
+    "LangevinPurifier": (
+        "{steps} Langevin steps of size {step_size:g} at temperature {temperature:g}, {precision}"
+    ),
+    "NoPurifier": "none",
+    "GaussianNoise": "Gaussian noise of standard deviation {std:g}",
+    "BitDepth": "pixels in steps of 1/{levels}",
+    "Jpeg": "JPEG of quality {quality}",
+    "TotalVariation": "total variation denoising of weight {weight:g}",
+    "MedianFilter": "median of {size} × {size} pixels",
+}
+"""Purifiers in words, by their class."""
+
+
 def describe_purifier(settings: dict[str, Any]) -> str:
     """Return a purifier's name and numbers, as `purifier_settings` gives them."""
-    if settings["kind"] == "LangevinPurifier":
-        return (
-            f"{settings['steps']} Langevin steps of size {settings['step_size']:g} at temperature "
-            f"{settings['temperature']:g}, {settings['precision']}"
-        )
-    numbers = ", ".join(f"{k} {v:g}" for k, v in settings.items() if isinstance(v, float | int))
+    if settings["kind"] in PURIFIERS:
+        return PURIFIERS[settings["kind"]].format(**settings)
+    plain = ((k, v) for k, v in settings.items() if isinstance(v, float | int))
+    numbers = ", ".join(f"{k} {v:g}" for k, v in plain if not isinstance(v, bool))
     return f"{settings['kind']} {numbers}".strip()

@@ -8,7 +8,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from ebm_defense import load_defense
+from ebm_defense.commands.evaluate import Evaluate
 from ebm_defense.eval import get_protocol
+from ebm_defense.fingerprint import fingerprint
+from ebm_defense.purifiers import Jpeg, NoPurifier
 
 SMALL = ("--data", "digits", "--images", 6, "--steps", 2, "--replicates", 2)
 
@@ -136,6 +140,18 @@ def test_a_users_own_parts(run, own_parts: Path) -> None:
     assert run(*head, *own, *blur, "--out", own_parts / "blur")[0] == 0
 
 
+def test_the_undefended_classifier_is_named_on_the_command_line() -> None:
+    shipped = load_defense("fashion-mnist")
+    bare = Evaluate(classifier="undefended", purifier="none").make_defense()
+    behind = Evaluate(classifier="undefended", purifier="jpeg:75").make_defense()
+    own = Evaluate(purifier="none").make_defense()
+    assert isinstance(bare.purifier, NoPurifier)
+    assert isinstance(behind.purifier, Jpeg)
+    for found, meant in ((bare, "undefended"), (behind, "undefended"), (own, "classifier")):
+        assert fingerprint(found.classifier) == fingerprint(getattr(shipped, meant))
+        assert fingerprint(found.undefended) == fingerprint(shipped.undefended)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -153,6 +169,9 @@ def test_a_users_own_parts(run, own_parts: Path) -> None:
         (("--classifier", "nocolon"), "package.module:factory"),
         (("--classifier", "ownparts:Nothing"), "cannot be imported"),
         (("--classifier", "ownparts:number"), "not callable"),
+        (("--classifier-weights", "a.pt"), "a.pt are weights of no network"),
+        (("--classifier", "undefended", "--classifier-weights", "a.pt"), "weights of no network"),
+        (("--energy-weights", "a.pt"), "weights of no network"),
         (("--energy", "ownparts:Bowl", "--purifier", "none"), "not both"),
         (("--precision", "fp8"), "precision"),
         (("--out", "/proc/nowhere"), "cannot be written"),

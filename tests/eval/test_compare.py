@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 
 from ebm_defense import UsageError
 from ebm_defense.attacks import PGD, ThreatModel
-from ebm_defense.eval import Protocol, Report, compare
-from ebm_defense.eval.compare import escape_latex
+from ebm_defense.eval import Flag, Protocol, Report, Sequential, compare
 from ebm_defense.eval.paired import mcnemar, unpaired
-from ebm_defense.eval.plots import FIGURES, draw_figures, prediction_cost
+from ebm_defense.eval.plots import FIGURES, draw_figures
 
 COUNT = 40
 
@@ -107,13 +106,13 @@ def test_attacks_of_other_settings_have_columns_of_their_own():
     found = compare([made("a", 36, 20, eps=0.1), made("b", 36, 20, eps=0.3)])
     assert [c.title for c in found.columns] == [
         "clean",
-        "PGD-10 (BPDA+EOT) [1]",
-        "PGD-10 (BPDA+EOT) [2]",
+        "PGD-10 (BPDA+EOT) #1",
+        "PGD-10 (BPDA+EOT) #2",
     ]
     assert found.share(0, found.columns[2]) is None
     assert "Linf 0.1" in found.columns[1].note
     assert "Linf 0.3" in found.columns[2].note
-    assert [len(set(c.outcomes)) for c in found.columns] == [2, 1, 1]
+    assert [len(set(c.sources)) for c in found.columns] == [2, 1, 1]
     assert "–" in found.to_text()
 
 
@@ -123,7 +122,80 @@ def test_a_sweep_keeps_one_column_an_attack():
     ]
     found = compare(points, heading="settings", sweep=True)
     assert [c.title for c in found.columns] == ["clean", "PGD (BPDA+EOT)"]
-    assert len(found.columns[1].outcomes) == 4
+    assert len(found.columns[1].sources) == 4
+    assert found.columns[1].note.startswith("as each row says, else Linf 0.1, 2 steps")
+    assert "as each row says" not in compare(points[:1], sweep=True).footnote()
+
+
+def test_of_an_ensemble_the_worst_of_all_is_compared():
+    report = made("a", 36, 20)
+    second = PGD(threat=ThreatModel(eps=0.1), steps=3, step_size=0.1, replicates=2)
+    attacks = (*report.protocol.attacks, second)
+    records = report.records.assign(**{"1 PGD-3: stands": [1] * 4 + [0] * (COUNT - 4)})
+    protocol = dataclasses.replace(report.protocol, attacks=attacks, ensemble=True)
+    found = compare([dataclasses.replace(report, protocol=protocol, records=records)])
+    assert [c.title for c in found.columns] == ["clean", "worst of all"]
+    assert found.share(0, found.columns[1]).right == 4
+    assert "PGD-10: Linf 0.1" in found.footnote()
+    assert "PGD-3: Linf 0.1" in found.footnote()
+
+
+def undecided(report, doubtful):
+    """Return a report whose judge has left the images of these numbers undecided."""
+    marks = [int(i in doubtful) for i in range(COUNT)]
+    return dataclasses.replace(
+        report, records=report.records.assign(**{"0 PGD-10: undecided": marks})
+    )
+
+
+def test_undecided_images_widen_the_interval_and_can_cost_the_bold_print():
+    top, other = made("top", 36, 26), made("other", 36, 16)
+    plain, doubtful = compare([top, other]), compare([undecided(top, range(16, 26)), other])
+    column = plain.columns[1]
+    assert plain.best(column) == 0
+    assert doubtful.best(doubtful.columns[1]) is None
+    assert doubtful.share(0, doubtful.columns[1]).low < plain.share(0, column).low
+    against = compare([top, undecided(other, range(16, 26))])
+    assert against.best(against.columns[1]) is None
+    nothing = compare([undecided(top, range(26)), other])  # perhaps much worse, and never bold
+    assert nothing.best(nothing.columns[1]) is None
+
+
+def flagged(report, *names):
+    flags = [Flag(name=n, evidence=f"seen {n}", advice=f"Mend {n}.", attacks=a) for n, a in names]
+    return dataclasses.replace(report, flags=tuple(flags))
+
+
+def test_flags_follow_their_numbers_into_every_form():
+    one = flagged(made("one", 36, 20), ("randomised output", ()), ("still falling", (0,)))
+    two = flagged(made("two", 36, 15), ("no gradient", (0,)), ("still falling", (0,)))
+    found = compare([one, two])
+    assert "one [1]" in found.to_text()
+    assert "50.0 (35.2 to 64.8) [2]" in found.to_text()
+    assert "37.5 (24.2 to 53.0) [2, 3]" in found.to_markdown()
+    assert "37.5 [2, 3]" in found.to_latex()
+    assert "37.5 [2, 3]" in found.to_html()
+    assert "[2] still falling: seen still falling (one, two). Mend still falling." in (
+        found.footnote()
+    )
+    table = pd.read_csv(io.StringIO(found.to_csv()), keep_default_na=False)
+    assert table["flags"].tolist() == ["", "", "still falling", "no gradient; still falling"]
+
+
+def test_the_footnote_says_whether_anything_is_bold():
+    strong, near, weak = made("strong", 36, 30), made("near", 36, 28), made("weak", 36, 5)
+    assert "Bold: better than every other row" in compare([weak, strong]).footnote()
+    assert "No row is bold" in compare([near, strong]).footnote()
+    assert "bold" not in compare([strong]).footnote().lower()
+
+
+def test_the_footnote_names_the_rule_of_the_verdict_once():
+    reports = [made("a", 36, 20), made("b", 36, 10)]
+    assert compare(reports).footnote().count("Judged on 8 fresh replicates (two-stage rule).") == 1
+    protocol = dataclasses.replace(reports[1].protocol, verdict=Sequential())
+    apart = compare([reports[0], dataclasses.replace(reports[1], protocol=protocol)])
+    assert len(apart.columns) == 3
+    assert "sequential test" in apart.footnote()
 
 
 SAID = ("Linf 0.1", "10 steps", "2 replicates", "8 fresh", "50 Langevin", "40 images", "seed 0")
@@ -135,15 +207,16 @@ def test_every_form_says_all_that_its_numbers_depend_on(form):
     assert not [text for text in SAID if text not in printed]
     assert "75.0" in printed
     assert "59.8 to 85.8" in printed  # Wilson's interval of 30 of 40
-    assert "1,400" in printed  # chain-steps an image: 50 × (8 + 20)
+    assert "1,400" in printed  # chain-steps an image in all: 50 × (8 + 20)
+    assert "400" in printed  # of one prediction: 50 × 8
 
 
 def test_the_best_is_marked_in_every_form():
     found = compare([made("weak", 36, 5), made("strong", 36, 30)])
     assert "*75.0* (" in found.to_text()
     assert "**75.0** (" in found.to_markdown()
-    assert r"\textbf{75.0} (" in found.to_latex()
-    assert "<b>75.0</b> (" in found.to_html()
+    assert r"& \textbf{75.0} &" in found.to_latex()
+    assert "<b>75.0</b>" in found.to_html()
     assert "12.5 (" in found.to_markdown()
     table = pd.read_csv(io.StringIO(found.to_csv()))
     assert table.loc[table["best"], "accuracy"].tolist() == [0.75]
@@ -153,16 +226,15 @@ def test_names_cannot_break_the_table():
     nasty = made("a_b & 5% <script>", 36, 5)
     assert "<script>" not in compare([nasty]).to_html()
     assert r"a\_b \& 5\%" in compare([nasty]).to_latex()
-    assert escape_latex("\\^~{}") == r"\textbackslash{}\textasciicircum{}\textasciitilde{}\{\}"
 
 
 def test_latex_has_booktabs_rules_and_as_many_cells_as_columns():
     latex = compare([made("a", 36, 5), made("b", 36, 30)]).to_latex()
     for rule in (r"\toprule", r"\midrule", r"\bottomrule"):
         assert latex.count(rule) == 1
-    assert r"\begin{tabular}{lccr}" in latex
+    assert r"\begin{tabular}{lccrr}" in latex
     rows = [line for line in latex.splitlines() if line.endswith(r"\\")]
-    assert [row.count(" & ") for row in rows] == [3, 3, 3]
+    assert [row.count(" & ") for row in rows] == [4] * 6  # two lines each: head, a, b
 
 
 def test_two_runs_of_one_name_are_refused():
@@ -176,7 +248,7 @@ def test_two_runs_of_one_name_are_refused():
 
 
 def drawn(reports) -> set[str]:
-    return {name for name, draw in FIGURES.items() if draw(reports) is not None}
+    return {name for name, figure in FIGURES.items() if figure.draw(reports) is not None}
 
 
 def test_a_figure_is_drawn_where_there_are_data_for_it():
@@ -191,17 +263,39 @@ def test_a_figure_is_drawn_where_there_are_data_for_it():
 
 def test_a_line_over_eps_holds_the_runs_accuracies():
     reports = [made("b", 36, 10, eps=0.2), made("a", 36, 20, eps=0.1), made("z", 36, 0, seed=4)]
-    figure = FIGURES["accuracy-over-eps"](reports)
+    figure = FIGURES["accuracy-over-eps"].draw(reports)
     (line,) = [c.lines[0] for c in figure.axes[0].containers]
     np.testing.assert_allclose(line.get_xydata(), [[0.1, 50.0], [0.2, 25.0]])
 
 
-def test_a_prediction_costs_its_chain_times_its_replicates():
+def test_a_curve_ends_with_a_stair_as_wide_as_the_others():
+    figure = FIGURES["accuracy-over-steps"].draw([made("a", 36, 20), made("b", 36, 10, seed=1)])
+    values, edges, _ = figure.axes[0].patches[0].get_data()
+    np.testing.assert_allclose(values, 100 * made("a", 36, 20).curve())
+    np.testing.assert_allclose(edges, np.arange(12) - 0.5)
+    assert figure.axes[0].get_ylabel() == "robust accuracy %,\nPGD-10 (BPDA+EOT)"
+    bars = [c.get_segments()[-1][0][0] for c in figure.axes[0].collections]
+    assert len(set(bars)) == 2  # the last intervals stand side by side
+
+
+def test_equal_costs_stand_side_by_side_and_accuracies_where_they_are():
+    reports = [made("a", 36, 20), made("b", 36, 10, seed=1)]
+    for name, apart in (("robust-against-cost", True), ("robust-against-natural", False)):
+        figure = FIGURES[name].draw(reports)
+        figure.canvas.draw()
+        marks = [c.lines[0] for c in figure.axes[0].containers]
+        places = [m.get_transform().transform(m.get_xydata())[0][0] for m in marks]
+        assert (places[0] != places[1]) == apart
+
+
+def test_a_prediction_costs_its_chain_times_the_draws_that_it_was_judged_on():
     report = made("a", 36, 20)
-    assert prediction_cost(report) == 50 * 16
+    assert report.prediction_cost() == 50 * 8
     settings = copy.deepcopy(report.settings)
+    settings["defense"]["purifier"]["stochastic"] = False
+    assert dataclasses.replace(report, settings=settings).prediction_cost() == 50
     del settings["defense"]["purifier"]["steps"]
-    assert prediction_cost(dataclasses.replace(report, settings=settings)) == 0
+    assert dataclasses.replace(report, settings=settings).prediction_cost() == 0
 
 
 def test_everything_is_saved_and_the_same_runs_give_the_same_files(tmp_path):

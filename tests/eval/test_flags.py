@@ -21,7 +21,6 @@ from ebm_defense.attacks.base import DirectCall, lenient
 from ebm_defense.attacks.gradients import Identity
 from ebm_defense.defense import as_defense
 from ebm_defense.energies import ConvEnergy, ConvEnergySettings
-from ebm_defense.errors import UsageError
 from ebm_defense.eval import Protocol, evaluate
 from ebm_defense.eval.flags import FLAGS, Evidence, compare_views
 from ebm_defense.eval.measures import curvature, measure
@@ -100,10 +99,26 @@ def test_zero_gradients_by_quantisation(images, labels):
 
 def test_gradients_that_are_no_numbers(images, labels):
     model = Linear(lambda x: x + 0.0 * (x - x).sqrt())
-    with pytest.raises(UsageError, match=r"gradient for image 0, 1.* is NaN or infinite"):
-        raised(model, images, labels, STRONG)
-    found = raised(model, images, labels, replace(STRONG, steps=0))
-    assert "infinite on 4" in found["no gradient"].evidence
+    report = evaluate(model, images, labels, attacks=[STRONG], judge_replicates=4)
+    assert report.robust().total == COUNT  # the run comes to its end
+    flags = [flag for flag in report.flags if flag.name == "no gradient"]
+    assert [flag.attacks for flag in flags] == [(0,), (0,)]
+    assert "infinite on 4" in flags[0].evidence
+    assert "gradient of PGD-10 was NaN or infinite on 32 of 32 images" in flags[1].evidence
+
+
+@pytest.mark.parametrize("looks", ["every", "last"])
+def test_gradients_that_are_no_numbers_on_images_that_no_probe_saw(images, labels, looks):
+    def tamper(x):
+        cliff = (x.flatten(1).mean(1) > images.flatten(1).mean(1).quantile(0.9)).to(x)
+        cliff[:4] = 0.0
+        return x + 0.0 * (1.0 - cliff.view(-1, 1, 1, 1) + 0.0 * x).sqrt()
+
+    protocol = Protocol(name="mine", attacks=(STRONG,), judge_replicates=4, looks=looks)
+    report = evaluate(Linear(tamper), images, labels, protocol)
+    (flag,) = (flag for flag in report.flags if flag.name == "no gradient")
+    assert flag.attacks == (0,)
+    assert "NaN or infinite on" in flag.evidence
 
 
 def test_probabilities_for_logits(images, labels):

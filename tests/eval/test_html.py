@@ -17,6 +17,7 @@ from PIL import Image
 
 from ebm_defense.attacks import PGD, ThreatModel
 from ebm_defense.eval import Flag, Protocol, Report
+from ebm_defense.eval.figures import draw_strip
 from ebm_defense.eval.html import confident_breaks, report_page
 from ebm_defense.eval.page import png
 
@@ -46,6 +47,10 @@ def report() -> Report:
                 "label": [3, 1, 4, 1, 5, 2],
                 "clean": [1, 1, 1, 1, 1, 0],
                 "natural": [1, 1, 1, 1, 1, 0],
+                "clean: draws": [4] * 6,
+                "clean: failures": [0, 0, 0, 0, 1, 4],
+                "clean: mean logits": [1, 1, 1, 1, 1, 0],
+                "clean: majority": [1, 1, 1, 1, 1, 0],
                 f"{NAME}: stands": [1, 0, 0, 0, 1, 0],
                 f"{NAME}: broken at": [-1, 0, 2, 1, -1, 0],
                 f"{NAME}: votes": [float("nan"), 0.5, 0.0, 0.25, 1.0, float("nan")],
@@ -137,20 +142,42 @@ def test_a_run_without_breaks_says_so(report):
     assert "No image that was right" in report_page(dataclasses.replace(report, records=records))
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+def shot(page: str, folder, width: int, *words: str, height: int = 1500) -> Image.Image:
+    """Return the picture that a browser shows of a page."""
+    (folder / "page.html").write_text(page, encoding="utf-8")
+    picture = folder / "shot.png"
+    words += ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
+    words += ("--hide-scrollbars", f"--user-data-dir={folder / 'profile'}")
+    words += (f"--window-size={width},{height}", f"--screenshot={picture}")
+    line = [CHROMIUM, *words, (folder / "page.html").as_uri()]
+    subprocess.run(line, check=True, capture_output=True, timeout=120)
+    return Image.open(picture)
+
+
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium here: apt-get install chromium"
+)
+
+
+@needs_browser
 def test_a_browser_shows_the_page_on_a_phone_and_on_a_desk(report, tmp_path):
-    (tmp_path / "page.html").write_text(report_page(report), encoding="utf-8")
-    for width in (400, 1200):
-        shot = tmp_path / f"{width}.png"
-        words = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        words += ["--hide-scrollbars"]
-        words += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1500"]
-        words += [f"--screenshot={shot}", (tmp_path / "page.html").as_uri()]
-        subprocess.run([CHROMIUM, *words], check=True, capture_output=True, timeout=120)
-        with Image.open(shot) as picture:
+    for width in (390, 1200):
+        with shot(report_page(report), tmp_path, width) as picture:
             assert picture.width == width
             grey = picture.convert("L")
             # Text stands in the upper part, and nothing crosses the right margin.
             assert grey.crop((0, 0, width, 400)).getextrema()[0] < 100
             margin = set(grey.crop((width - 8, 0, width, 1500)).getdata())
             assert max(margin) - min(margin) < 30
+
+
+@needs_browser
+def test_in_the_dark_nothing_stands_on_white(report, tmp_path):
+    strip = tmp_path / "strip.png"
+    draw_strip([("original", torch.zeros(3, 1, 8, 8))] * 2, strip, title="title")
+    page = report_page(report, strip=strip.read_bytes())
+    dark = "--blink-settings=preferredColorScheme=0"
+    with shot(page, tmp_path, 700, dark, height=2200) as picture:
+        shades = picture.convert("L").histogram()
+    assert sum(shades[:64]) > 0.8 * sum(shades)
+    assert sum(shades[240:]) < 0.02 * sum(shades)

@@ -9,6 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+
+from ebm_defense import UsageError
 
 KILLS = 20
 FOLDERS = 4  # each killed again and again, until all kills are spent
@@ -74,3 +78,31 @@ def test_killed_at_any_of_its_writes_a_run_ends_as_if_it_never_was(
         assert not half_written(out)
         writes += 1
     assert writes > 3 * 4 + 8  # four files a shard, and the folder's own
+
+
+class Dazzled(nn.Module):
+    """A classifier that returns NaN on bright images, until it is healed."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.healed = inner, False
+
+    def forward(self, x):
+        bright = x.flatten(1).mean(1, keepdim=True) > 0.8
+        return torch.where(bright & (not self.healed), torch.nan, self.inner(x))
+
+
+def test_a_run_that_meets_nan_names_the_image_and_keeps_what_was_done(small, same_run, tmp_path):
+    small.images[4] = 1.0
+    defense = small.defense(steps=2, replicates=2)
+    defense.classifier = Dazzled(defense.classifier)
+    with pytest.raises(UsageError, match="NaN or infinite logits for image 4"):
+        small.run(tmp_path / "run", defense=defense)
+    sealed = sorted((tmp_path / "run" / "shards").glob("*.sha256"))
+    assert [p.stem for p in sealed] == ["000000", "000002"]
+    before = [p.stat().st_mtime_ns for p in sealed]
+    defense.classifier.healed = True
+    for name in ("run", "whole"):
+        small.run(tmp_path / name, defense=defense)
+    assert [p.stat().st_mtime_ns for p in sealed] == before
+    same_run(tmp_path / "run", tmp_path / "whole")
