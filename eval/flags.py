@@ -21,6 +21,8 @@ LOG = logging.getLogger("ebm_defense.eval")
 
 EXACT = ("Full", "Surrogate")
 """Kinds of gradient that go through the energy's own curvature."""
+THROUGH = (*EXACT, "Smoothed")
+"""Kinds of gradient that go through a chain, and not around it as BPDA does."""
 SAME = 0.05
 """Difference of logits, in their standard deviations, that rounding may make."""
 LEAST_COSINE = 0.1
@@ -76,6 +78,11 @@ Finding = Iterable[tuple[str, tuple[int, ...]]]
 """Evidence in words, and the attacks that it concerns; nothing where all is well."""
 
 
+def _kind(attack: Attack) -> str:
+    """Return the kind of an attack's gradient."""
+    return type(getattr(attack, "gradient", None)).__name__
+
+
 def _white(attack: Attack) -> bool:
     return hasattr(attack, "gradient")
 
@@ -117,8 +124,16 @@ def _no_gradient(e: Evidence) -> Finding:
             )
 
 
+def _around(e: Evidence) -> Finding:
+    if e.measures.curvature is not None and not e.numbers(lambda a: _kind(a) in THROUGH):
+        yield (
+            "the purifier runs a chain on an energy, and no attack's gradient goes through it",
+            tuple(e.numbers(_white)),
+        )
+
+
 def _no_curvature(e: Evidence) -> Finding:
-    exact = e.numbers(lambda a: type(getattr(a, "gradient", None)).__name__ in EXACT)
+    exact = e.numbers(lambda a: _kind(a) in EXACT)
     if exact and e.measures.curvature == 0.0:
         yield "the energy's Hessian-vector product is 0 in every pixel", tuple(exact)
 
@@ -259,6 +274,11 @@ FLAGS: dict[str, tuple[Callable[[Evidence], Finding], str]] = {
         _no_gradient,
         "The attack is blind there: replace what is not differentiable in the backward pass, or "
         "trust black-box and transfer attacks only.",
+    ),
+    "around the chain": (
+        _around,
+        "BPDA is not the strongest gradient: attack with the full one, or with the smoothed one "
+        "where activations are LeakyReLU or ReLU; protocol standard takes what fits.",
     ),
     "no curvature": (
         _no_curvature,

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ebm_defense import LangevinPurifier, PurifiedClassifier, Purifier
-from ebm_defense.attacks import PGD, Proposal, ThreatModel, Transfer
+from ebm_defense.attacks import PGD, Full, Proposal, Smoothed, ThreatModel, Transfer
 from ebm_defense.attacks.base import DirectCall, lenient
 from ebm_defense.attacks.gradients import Identity
 from ebm_defense.defense import as_defense
@@ -211,6 +211,22 @@ def test_an_energy_without_curvature_under_the_full_gradient(
     assert ("no curvature" in found) == flagged
 
 
+@pytest.mark.parametrize(
+    ("activation", "gradients", "flagged"),
+    [
+        ("soft_lrelu", [Identity()], (0,)),
+        ("leaky_relu", [Identity(), Identity()], (0, 1)),
+        ("soft_lrelu", [Identity(), Full()], None),
+        ("leaky_relu", [Smoothed(), Identity()], None),
+    ],
+)
+def test_a_chain_that_every_gradient_goes_around(images, labels, activation, gradients, flagged):
+    attacks = [replace(STRONG, gradient=gradient) for gradient in gradients]
+    found = raised(chain(activation), images, labels, *attacks)
+    flag = found.get("around the chain")
+    assert (flag and flag.attacks) == flagged
+
+
 def test_curvature_is_measured_where_there_is_an_energy(images):
     assert curvature(chain("leaky_relu"), images, 0) == 0.0
     assert curvature(chain("soft_lrelu"), images, 0) > 0.0
@@ -309,7 +325,8 @@ def test_the_shipped_defense_raises_no_flag_that_is_false(shipped, sample):
     attack = PGD(threat=THREAT, steps=10, step_size=0.025, replicates=2)
     images, labels = sample.images[:16], sample.labels[:16]
     report = evaluate(shipped, images, labels, attacks=[attack], judge_replicates=16)
-    assert {flag.name for flag in report.flags} <= {"randomised output", "still falling"}
+    honest = {"randomised output", "still falling", "around the chain"}
+    assert {flag.name for flag in report.flags} <= honest
 
 
 # Views of the same images.
