@@ -153,7 +153,7 @@ class AdvGAN(FinalImages):
 
     def __post_init__(self) -> None:
         check_replicates(self.replicates)
-        if not isinstance(self.weights, Generator):
+        if isinstance(self.weights, str | Path):
             object.__setattr__(self, "weights", Generator.load(self.weights))
 
     @property

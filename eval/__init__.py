@@ -5,8 +5,7 @@ from ebm_defense.eval.compare import Comparison, compare
 from ebm_defense.eval.evaluate import evaluate
 from ebm_defense.eval.flags import Flag
 from ebm_defense.eval.merge import merge
-from ebm_defense.eval.plain import load_protocol
-from ebm_defense.eval.protocol import PROTOCOLS, Protocol, get_protocol
+from ebm_defense.eval.protocol import PROTOCOLS, Protocol, get_protocol, load_protocol
 from ebm_defense.eval.reading import load_run
 from ebm_defense.eval.report import Report
 from ebm_defense.eval.reverify import Verification, reverify

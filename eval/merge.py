@@ -20,8 +20,8 @@ from ebm_defense.eval.folder import (
     shard_files,
 )
 from ebm_defense.eval.measures import load_measures, save_measures
+from ebm_defense.eval.protocol import restore_protocol
 from ebm_defense.eval.report import Report, report_of
-from ebm_defense.eval.restore import restore_protocol
 from ebm_defense.eval.runner import SHARD, gather
 from ebm_defense.files import load_tensors
 

@@ -1,56 +1,93 @@
-"""Protocols as TOML files."""
+"""Frozen settings as plain values, such as TOML and JSON hold, and back."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import tomllib
 import typing
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor, nn
+
 from ebm_defense.errors import UsageError
-from ebm_defense.eval.protocol import VERDICTS, Protocol
+from ebm_defense.fingerprint import fingerprint
 
 Path_ = tuple[str | int, ...]
 
 
-def kinds() -> dict[str, type]:
-    """Return every kind that a protocol's file may hold, by name."""
-    attacks = importlib.import_module("ebm_defense.attacks")
-    parts = [getattr(attacks, name) for name in attacks.__all__]
-    found = [Protocol, *VERDICTS.values(), *parts]
-    return {k.__name__: k for k in found if isinstance(k, type) and dataclasses.is_dataclass(k)}
+def describe(value: Any) -> Any:
+    """Turn frozen settings into plain values, each dataclass under its `kind`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        kept = {k: v for k, v in fields.items() if v is not None}
+        return {"kind": type(value).__name__, **kept}
+    if isinstance(value, nn.Module):
+        return _describe_model(value)
+    if isinstance(value, tuple | list):
+        return [describe(v) for v in value]
+    return value
 
 
-def load_protocol(path: str | Path) -> Protocol:
-    """Read a protocol from a TOML file, as `Protocol.save` writes it.
+def _describe_model(model: nn.Module) -> dict[str, Any]:
+    """Describe a model that an attack carries: its weights by their hash, and its numbers."""
+    if isinstance(model, KeptModel):
+        return model.plain
+    parts = {k: describe(v) for k, v in vars(model).items() if dataclasses.is_dataclass(v)}
+    plain = {k: v for k, v in vars(model).items() if isinstance(v, int | float | str)}
+    unlike = ("training", "seed", "calls", "max_chains")  # what an attack's images do not rest on
+    described = {k: v for k, v in (parts | plain).items() if k not in unlike}
+    purifier = getattr(model, "purifier", None)
+    if isinstance(purifier, nn.Module):
+        described["purifier"] = _describe_model(purifier)
+    return {"kind": type(model).__name__, "weights": fingerprint(model), **described}
+
+
+class KeptModel(nn.Module):
+    """Stands for a model that an attack once carried, of which a description alone was kept."""
+
+    def __init__(self, plain: dict[str, Any]) -> None:
+        super().__init__()
+        self.plain = plain
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Refuse.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            f"the run kept no {self.plain['kind']}, only its hashes; make the attack again."
+        )
+
+
+def build(plain: Any, known: Mapping[str, type], source: str, *, models: bool = False) -> Any:
+    """Build frozen settings from what `describe` made of them.
+
+    Args:
+        plain: plain values.
+        known: the dataclasses that they may hold, by name.
+        source: where they come from, for messages.
+        models: whether they may hold descriptions of models, for which `KeptModel`s then stand.
 
     Raises:
-        UsageError: no such file, no TOML, an unknown kind or key, by its path, or a value that
-            does not fit.
+        UsageError: an unknown kind or key, by its path, or a value that does not fit.
     """
-    try:
-        plain = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"the protocol file {path} cannot be read ({error}).") from error
-    found = _Builder(str(path), kinds()).build({"kind": "Protocol"} | plain, ())
-    if not isinstance(found, Protocol):
-        raise UsageError(f"{path} holds no protocol; its kind must be Protocol.")
-    return found
+    return _Builder(source, known, models).build(plain, ())
 
 
 class _Builder:
     """Builds frozen values from plain ones, and names what does not fit by file and path."""
 
-    def __init__(self, source: str, known: dict[str, type]) -> None:
-        self.source, self.known = source, known
+    def __init__(self, source: str, known: Mapping[str, type], models: bool) -> None:
+        self.source, self.known, self.models = source, known, models
 
     def build(self, plain: Any, path: Path_) -> Any:
         if isinstance(plain, list):
             return tuple(self.build(v, (*path, i)) for i, v in enumerate(plain))
         if not isinstance(plain, dict):
             return plain
+        if self.models and plain.get("kind") not in self.known and "weights" in plain:
+            return KeptModel(plain)
         kind = self._kind(plain, path)
         fields = {f.name for f in dataclasses.fields(kind)}
         hints = typing.get_type_hints(kind)
@@ -80,7 +117,7 @@ class _Builder:
             return float(value)
         if hint in (bool, int, float, str) and type(value) is not hint:
             self._refuse(path, f"it must be of type {hint.__name__}, not {value!r}")
-        nested = dataclasses.is_dataclass(value) or isinstance(value, tuple)
+        nested = dataclasses.is_dataclass(value) or isinstance(value, tuple | KeptModel)
         if hint not in (bool, int, float, str) and not nested and not _allows(hint, value):
             self._refuse(path, f"{value!r} does not fit; give a table with its kind")
         return value

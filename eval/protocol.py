@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-from torch import nn
 
+from ebm_defense import attacks
 from ebm_defense.attacks import PGD, Attack, ThreatModel, Transfer
 from ebm_defense.attacks.gradients import Gradient
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.members import STANDARD, full_gradient, mefa_attack, member, standard_attacks
+from ebm_defense.eval.plain import build, describe
 from ebm_defense.eval.rules import OneStage, Rule, TwoStage
 from ebm_defense.eval.sequential import Sequential
 from ebm_defense.files import writable_folder, write_text
-from ebm_defense.fingerprint import fingerprint
 
 PUBLISHED_EPS = 8 / 255
 STEPS_ACROSS_EPS = 4  # the published step is 2/255 at eps 8/255
@@ -240,26 +241,48 @@ def get_protocol(
     return PROTOCOLS[name](Budget(**budget), through)
 
 
-def describe(value: Any) -> Any:
-    """Turn frozen settings into plain values for TOML, each dataclass under its `kind`."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        kept = {k: v for k, v in fields.items() if v is not None}
-        return {"kind": type(value).__name__, **kept}
-    if isinstance(value, nn.Module):
-        return _describe_model(value)
-    if isinstance(value, tuple | list):
-        return [describe(v) for v in value]
-    return value
+def load_protocol(path: str | Path) -> Protocol:
+    """Read a protocol from a TOML file, as `Protocol.save` writes it.
+
+    Raises:
+        UsageError: no such file, no TOML, an unknown kind or key, by its path, or a value that
+            does not fit.
+    """
+    try:
+        plain = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"the protocol file {path} cannot be read ({error}).") from error
+    found = build({"kind": "Protocol"} | plain, _kinds(), str(path))
+    if not isinstance(found, Protocol):
+        raise UsageError(f"{path} holds no protocol; its kind must be Protocol.")
+    return found
 
 
-def _describe_model(model: nn.Module) -> dict[str, Any]:
-    """Describe a model that an attack carries: its weights by their hash, and its numbers."""
-    parts = {k: describe(v) for k, v in vars(model).items() if dataclasses.is_dataclass(v)}
-    plain = {k: v for k, v in vars(model).items() if isinstance(v, int | float | str)}
-    unlike = ("training", "seed", "calls", "max_chains")  # what an attack's images do not rest on
-    described = {k: v for k, v in (parts | plain).items() if k not in unlike}
-    purifier = getattr(model, "purifier", None)
-    if isinstance(purifier, nn.Module):
-        described["purifier"] = _describe_model(purifier)
-    return {"kind": type(model).__name__, "weights": fingerprint(model), **described}
+def restore_protocol(plain: dict[str, Any], kinds: Iterable[type] = ()) -> Protocol:
+    """Return the protocol that `describe` made `plain` of; a `KeptModel` stands for each model.
+
+    Args:
+        plain: from `describe`, or a run's settings.
+        kinds: frozen dataclasses of your own that it may hold, such as an attack.
+
+    Raises:
+        UsageError: it holds something unknown, or is no protocol of this version.
+    """
+    known = _kinds() | {kind.__name__: kind for kind in kinds}
+    try:
+        found = build(plain, known, "protocol", models=True)
+    except UsageError as error:
+        raise UsageError(
+            f"this run is of another version, or holds a class of yours, which load_run takes in "
+            f"kinds=[…] ({str(error).rstrip('.')})."
+        ) from error
+    if not isinstance(found, Protocol) or describe(found) != plain:
+        raise UsageError("these settings hold no protocol of this version; run it again.")
+    return found
+
+
+def _kinds() -> dict[str, type]:
+    """Return every kind of setting that a protocol may hold, by name."""
+    parts = [getattr(attacks, name) for name in attacks.__all__]
+    found = [Protocol, *VERDICTS.values(), *parts]
+    return {k.__name__: k for k in found if isinstance(k, type) and dataclasses.is_dataclass(k)}

@@ -21,8 +21,8 @@ from ebm_defense.eval.folder import (
     total,
 )
 from ebm_defense.eval.measures import load_measures
+from ebm_defense.eval.protocol import restore_protocol
 from ebm_defense.eval.report import Report, report_of
-from ebm_defense.eval.restore import restore_protocol
 from ebm_defense.files import load_tensors
 from ebm_defense.weights import sha256
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ebm_defense.defense import PurifiedClassifier
-from ebm_defense.eval.protocol import Protocol, describe
+from ebm_defense.eval.plain import describe
+from ebm_defense.eval.protocol import Protocol
 from ebm_defense.fingerprint import digest, fingerprint
 from ebm_defense.purifiers import LangevinPurifier
 

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from ebm_defense import UsageError
-from ebm_defense.attacks import PGD, ThreatModel, Transfer
-from ebm_defense.eval import evaluate, load_run, reverify
+from ebm_defense.attacks import PGD, AdvGAN, ThreatModel, Transfer
+from ebm_defense.attacks.advgan import Generator, GeneratorSettings
+from ebm_defense.attacks.foolbox_adapter import FoolboxAttack
+from ebm_defense.eval import evaluate, load_protocol, load_run, reverify
 from ebm_defense.eval.folder import read_records
-from ebm_defense.eval.protocol import Protocol, describe
-from ebm_defense.eval.restore import restore_protocol
+from ebm_defense.eval.plain import describe
+from ebm_defense.eval.protocol import Protocol, restore_protocol
 
 ATTACK = PGD(threat=ThreatModel(norm="L2", eps=0.5), steps=2, step_size=0.2, replicates=2)
 ATTACKS = (Transfer(attack=ATTACK, replicates=2), ATTACK)
@@ -97,6 +99,48 @@ def test_an_attack_of_ones_own_is_restored_where_it_is_named():
     assert restore_protocol(plain, [OwnAttack]) == protocol
     with pytest.raises(UsageError, match="OwnAttack"):
         restore_protocol(plain)
+
+
+def carrying_models(defense):
+    """Attacks that carry a model, or parameters of a library's."""
+    generator = Generator(GeneratorSettings(channels=1, width=4, blocks=0))
+    return [
+        Transfer(attack=ATTACK, source=defense, label="elsewhere"),
+        AdvGAN(weights=generator),
+        FoolboxAttack(attack="LinfPGD", parameters="steps=3"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_an_attack_that_carries_a_model_is_restored_without_it(kept, number):
+    attack = carrying_models(kept[2])[number]
+    protocol = Protocol(name="mine", attacks=(attack, ATTACK), judge_replicates=4)
+    found = restore_protocol(describe(protocol))
+    assert describe(found) == describe(protocol)
+    assert found.attacks[0].name == attack.name
+
+
+def test_a_run_of_another_defenses_images_is_read_but_not_made_again(kept, tmp_path):
+    _, report, defense = kept
+    attack = Transfer(attack=ATTACK, replicates=2, source=defense, label="elsewhere")
+    images, labels = report.originals[:2], torch.zeros(2, dtype=torch.int64)
+    made = evaluate(
+        defense, images, labels, attacks=[attack], judge_replicates=2, out=tmp_path / "run"
+    )
+    found = load_run(tmp_path / "run")
+    assert found.to_markdown() == made.to_markdown()
+    assert "from elsewhere" in found.to_markdown()
+    with pytest.raises(UsageError, match="kept no PurifiedClassifier"):
+        found.protocol.attacks[0](defense, images, labels)
+
+
+def test_a_file_of_a_protocol_cannot_hold_a_model(kept, tmp_path):
+    attack = carrying_models(kept[2])[0]
+    protocol = Protocol(name="mine", attacks=(attack,), judge_replicates=4)
+    with pytest.raises(
+        UsageError, match=r"attacks\[0\]\.source: unknown kind 'PurifiedClassifier'"
+    ):
+        load_protocol(protocol.save(tmp_path / "protocol.toml"))
 
 
 def test_a_protocol_of_another_version_is_refused():
