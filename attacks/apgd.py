@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ebm_defense.attacks.apgd_rules import RULES, Rule, begin, heed, refresh, reviews
+from ebm_defense.attacks.apgd_rules import MOMENTUM, RULES, Rule, begin, heed, refresh, reviews
 from ebm_defense.attacks.ascent import (
     attack_name,
     check_budget,
@@ -89,7 +89,7 @@ class AutoPGD(DirectCall):
 
     @property
     def _rule(self) -> Rule:
-        return RULES[self.threat.norm]
+        return RULES.get(self.threat.norm, MOMENTUM)
 
     @property
     def _reviews(self) -> list[int]:

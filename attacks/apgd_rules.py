@@ -214,8 +214,9 @@ def thin(climb: Climb, origin: Tensor, eps: float, window: int) -> Climb:
     )
 
 
-_MOMENTUM = Rule(first=2.0, advance=glide, checks=windows, check=halve)
-_SPARSE = Rule(first=1.0, advance=leap, checks=ticks, check=thin)
+MOMENTUM = Rule(first=2.0, advance=glide, checks=windows, check=halve)
+SPARSE = Rule(first=1.0, advance=leap, checks=ticks, check=thin)
 
-RULES: dict[str, Rule] = {"Linf": _MOMENTUM, "L2": _MOMENTUM, "L1": _SPARSE}
-"""Auto-PGD's rule in each norm: Croce and Hein (2020) in Linf and L2, (2021) in L1."""
+RULES: dict[str, Rule] = {"Linf": MOMENTUM, "L2": MOMENTUM, "L1": SPARSE}
+"""Auto-PGD's rule in each norm: Croce and Hein (2020) in Linf and L2, (2021) in L1. A norm that is
+not here climbs with momentum."""

@@ -75,7 +75,7 @@ class Square(DirectCall):
     Returns the images that the replicates find wrong on average, or else of the highest loss.
 
     Raises:
-        UsageError: a setting out of range, or a loss that needs targets.
+        UsageError: a setting out of range, another norm, or a loss that needs targets.
     """
 
     threat: ThreatModel = field(default_factory=ThreatModel)
@@ -90,6 +90,10 @@ class Square(DirectCall):
         check_budget(self.steps, self.replicates)
         check_positive("review", self.review)
         refuse_targeted(self.loss, self.name)
+        if self.threat.norm not in PROPOSALS:
+            raise UsageError(
+                f"Square has no moves in {self.threat.norm}, only in {', '.join(PROPOSALS)}."
+            )
         if not 0 < self.p <= 1:
             raise UsageError(f"Square's p must be above 0 and at most 1, not {self.p}.")
 

@@ -35,24 +35,45 @@ def test_the_replicate_is_chosen_along_whose_step_most_would_be_broken():
     ]
 
 
-def by_hand(losses, slopes, begun, sharpness):
-    """Five rounds of r ← Σ q g/Σ q with q = σ(λ(L + sign(r)·g)), in plain Python."""
+@pytest.mark.parametrize("eps", [0.05, 0.3])
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_each_image_chooses_among_its_own_replicates(norm, eps):
+    generator = torch.Generator().manual_seed(6)
+    slopes = torch.randn((5, 40, 1, 2, 2), generator=generator).double()
+    losses = torch.randn((5, 40), generator=generator).double()
+    threat, chosen = ThreatModel(norm=norm, eps=eps), []
+    for image in range(40):
+        promise, own_losses = [], losses[:, image].tolist()
+        for own in slopes[:, image]:
+            step = eps * (own.sign() if norm == "Linf" else own / own.norm())
+            gains = [float((step * other).sum()) for other in slopes[:, image]]
+            promise.append(sum(elu(a + b) for a, b in zip(own_losses, gains, strict=True)))
+        chosen.append(promise.index(max(promise)))
+    assert first_choice(losses, slopes, threat).tolist() == chosen
+
+
+def by_hand(losses, slopes, begun, sharpness, norm):
+    """Five rounds of r ← Σ q g/Σ q with q = σ(λ(L + d(r)·g)), in plain Python."""
     r = slopes[begun]
     for _ in range(5):
-        signs = [math.copysign(1.0, v) if v else 0.0 for v in r]
+        size = math.hypot(*r)
+        d = [math.copysign(1.0, v) if norm == "Linf" else v / size for v in r]
         q = [
-            1 / (1 + math.exp(-sharpness * (loss + signs[0] * g[0] + signs[1] * g[1])))
+            1 / (1 + math.exp(-sharpness * (loss + d[0] * g[0] + d[1] * g[1])))
             for loss, g in zip(losses, slopes, strict=True)
         ]
         r = [sum(w * g[k] for w, g in zip(q, slopes, strict=True)) / sum(q) for k in range(2)]
     return r
 
 
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("begun", [0, 1, 2])
 @pytest.mark.parametrize("sharpness", [0.3, 5.0])
-def test_the_agreed_slope_is_the_one_done_by_hand(begun, sharpness):
-    found = agreement(LOSSES, SLOPES, torch.tensor([begun]), THREAT, sharpness)
-    expected = by_hand(LOSSES.flatten().tolist(), SLOPES.view(3, 2).tolist(), begun, sharpness)
+def test_the_agreed_slope_is_the_one_done_by_hand(begun, sharpness, norm):
+    threat = ThreatModel(norm=norm, eps=0.5)
+    found = agreement(LOSSES, SLOPES, torch.tensor([begun]), threat, sharpness)
+    losses, slopes = LOSSES.flatten().tolist(), SLOPES.view(3, 2).tolist()
+    expected = by_hand(losses, slopes, begun, sharpness, norm)
     torch.testing.assert_close(found.flatten(), torch.tensor(expected).double())
 
 

@@ -280,6 +280,15 @@ def test_ways_back_that_fit_no_attack_are_refused():
         DiffHammer(gradient=ScoreFree())
 
 
+def test_a_norm_of_ones_own_climbs_as_l2_does_and_has_no_squares(monkeypatch):
+    monkeypatch.setitem(NORMS, "round", NORMS["L2"])
+    images, labels = data()
+    own, known = (attack_of("APGD", norm)(noisy(), images, labels) for norm in ("round", "L2"))
+    assert torch.equal(own, known)
+    with pytest.raises(UsageError, match="Square has no moves in round, only in Linf, L2, L1"):
+        attack_of("Square", "round")
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("wrong", [{"steps": -1}, {"replicates": 0}])
 def test_impossible_settings_are_refused(name, wrong):
