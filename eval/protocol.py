@@ -257,7 +257,13 @@ def _describe_model(model: nn.Module) -> dict[str, Any]:
     """Describe a model that an attack carries: its weights by their hash, and its numbers."""
     parts = {k: describe(v) for k, v in vars(model).items() if dataclasses.is_dataclass(v)}
     plain = {k: v for k, v in vars(model).items() if isinstance(v, int | float | str)}
-    unlike = ("training", "seed", "calls", "max_chains")  # what an attack's images do not rest on
+    unlike = (
+        "training",
+        "seed",
+        "calls",
+        "max_chains",
+        "verdict_precision",
+    )  # what an attack's images do not rest on
     described = {k: v for k, v in (parts | plain).items() if k not in unlike}
     purifier = getattr(model, "purifier", None)
     if isinstance(purifier, nn.Module):

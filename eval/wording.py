@@ -46,6 +46,12 @@ def describe_verdict(rule: Rule, most: int) -> str:
     return f"Judged on {most} fresh replicates ({rule.name} rule)."
 
 
+def describe_defense(settings: dict[str, Any]) -> str:
+    """Return what purifies, and in which precision verdicts are passed; old runs do not tell."""
+    verdicts = f"; verdicts in {settings['verdicts']}" if "verdicts" in settings else ""
+    return f"Purifier: {describe_purifier(settings['purifier'])}{verdicts}"
+
+
 def describe_purifier(settings: dict[str, Any]) -> str:
     """Return a purifier's name and numbers, as `purifier_settings` gives them."""
     if settings["kind"] == "LangevinPurifier":
