@@ -1,11 +1,12 @@
-"""Show that the shipped energies' bf16 chains purify as their fp32 ones do, and ship that.
+"""Show that bf16 changes nothing of the shipped defenses that counts, and ship that.
 
     python benchmarks/precision.py     # minutes on a CPU core
     python benchmarks/precision.py --chains 200 --dry
 
-Chains start from stratified validation images; accuracies are those of the shipped classifiers on
-one purified image each. A finding is of this kind of device and of these weights; run it again
-when an energy or its chain changes, and on each kind of device that findings should ship for.
+Chains in bf16 are compared with fp32 ones, from stratified validation images; so are the classes
+that the classifiers name on one purified image each; accuracies of chains are those of the shipped
+classifiers. A finding is of this kind of device and of these weights; run it again when weights or
+a chain change, and on each kind of device that findings should ship for.
 """
 
 from __future__ import annotations
@@ -17,33 +18,48 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ebm_defense import LangevinPurifier, load_data, load_defense
+from ebm_defense import LangevinPurifier, PurifiedClassifier, load_data, load_defense
+from ebm_defense.agreement import Agreement, agreement_key, compare
 from ebm_defense.files import write_text
+from ebm_defense.findings import SHOWN
 from ebm_defense.memory import keep_freed_memory
-from ebm_defense.precision import SHOWN, Finding, check, finding_key
+from ebm_defense.noise import chain_keys
+from ebm_defense.precision import Finding, check, finding_key
 from ebm_defense.weights import shipped
 
 FILE = Path(__file__).parent.parent / "ebm_defense" / "engine" / SHOWN
 
 
-def findings(chains: int, device: torch.device) -> dict[str, tuple[str, Finding]]:
-    """Return key -> (defense, finding) of every shipped Langevin defense."""
-    found = {}
+def findings(chains: int, device: torch.device) -> dict[str, Finding | Agreement]:
+    """Return by key what is found of every shipped defense."""
+    found: dict[str, Finding | Agreement] = {}
     for name, settings in shipped():
         defense = load_defense(name).to(device)
-        purifier = defense.purifier
-        if not isinstance(purifier, LangevinPurifier):
-            continue
         images, labels = (t.to(device) for t in load_data(settings.data, "val", chains))
-        finding = check(
-            purifier.energy, images, purifier.settings,
-            chains=chains, classify=defense.classifier, labels=labels,
-        )  # fmt: skip
-        key = finding_key(purifier.energy, images, purifier.settings)
-        found[key] = (name, finding)
-        print(name, key, finding, flush=True)
+        new: dict[str, Finding | Agreement] = {}
+        if isinstance(defense.purifier, LangevinPurifier):
+            new |= chain_finding(defense, defense.purifier, images, labels)
+        keys = chain_keys(0, "precision", range(len(images)), range(1))
+        with torch.no_grad():
+            purified = defense.purify_replicates(images, keys)[0]
+        new[agreement_key(defense.classifier, device)] = compare(defense.classifier, purified)
+        for key, finding in new.items():
+            print(name, key, finding, flush=True)
+        found |= new
     return found
+
+
+def chain_finding(
+    defense: PurifiedClassifier, purifier: LangevinPurifier, images: Tensor, labels: Tensor
+) -> dict[str, Finding]:
+    """Return what is found of one energy's chains, one from each image."""
+    finding = check(
+        purifier.energy, images, purifier.settings,
+        chains=len(images), classify=defense.classifier, labels=labels,
+    )  # fmt: skip
+    return {finding_key(purifier.energy, images, purifier.settings): finding}
 
 
 def main() -> int:
@@ -57,7 +73,7 @@ def main() -> int:
     found = findings(given.chains, device)
     if not given.dry:
         known = json.loads(FILE.read_text()) if FILE.exists() else {}
-        known |= {key: asdict(finding) for key, (_, finding) in found.items()}
+        known |= {key: asdict(finding) for key, finding in found.items()}
         write_text(FILE, json.dumps(known, indent=1, sort_keys=True) + "\n")
     return 0
 

@@ -94,6 +94,8 @@ class Evaluate:
     """Langevin steps K, instead of the defense's own."""
     precision: str = "auto"
     """Precision of the chains' inner activations: auto, fp32 or bf16."""
+    verdict_precision: str = "auto"
+    """Precision of the classifier where the judge asks it: auto, fp32 or bf16; attacks get fp32."""
     average: str | None = None
     """How replicates are averaged: logits, softmax, log_softmax or votes."""
     classifier: str | None = None
@@ -213,7 +215,10 @@ class Evaluate:
     def make_defense(self) -> PurifiedClassifier:
         """Return the defense that the options name."""
         self._refuse_lone_weights()
-        options: dict[str, Any] = {"max_chains": self.max_chains}
+        options: dict[str, Any] = {
+            "max_chains": self.max_chains,
+            "verdict_precision": self.verdict_precision,
+        }
         if self.average is not None:
             options["average"] = self.average
         if (self.classifier, self.energy, self.purifier) == (None, None, None):

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ebm_defense.agreement import PAIRS, VERDICT_PRECISIONS, checked_verdicts
+from ebm_defense.derivatives import arithmetic
 from ebm_defense.errors import UsageError
+from ebm_defense.findings import versions
 from ebm_defense.images import check_images
+from ebm_defense.langevin import resolve_precision
 from ebm_defense.noise import KeyedNoise, chain_keys, fresh_seed
 from ebm_defense.packing import Packing
 from ebm_defense.purifiers import NoPurifier, as_purifier
@@ -72,6 +78,10 @@ class PurifiedClassifier(nn.Module):
             again; noise does not depend on it.
         seed: seed of the calls' noise; None for fresh noise. Two calls always differ.
         undefended: the classifier that reports show as undefended; `classifier` if not given.
+        verdict_precision: of the classifier where a judge asks, "fp32", "bf16", or "auto": bf16
+            where it is fast and was shown to name the same classes, which is looked up or checked
+            at the first verdict (see `ebm_defense.agreement`). Gradients, attacks and calls of
+            the module always get the classifier as it is.
 
     Raises:
         UsageError: a setting out of range.
@@ -87,6 +97,7 @@ class PurifiedClassifier(nn.Module):
         max_chains: int | None = None,
         seed: int | None = None,
         undefended: nn.Module | None = None,
+        verdict_precision: str = "auto",
     ) -> None:
         super().__init__()
         if replicates < 1 or (max_chains is not None and max_chains < 1):
@@ -95,12 +106,19 @@ class PurifiedClassifier(nn.Module):
             )
         if average not in AVERAGES:
             raise UsageError(f"average is {average!r}; choose one of {', '.join(AVERAGES)}.")
+        if verdict_precision not in VERDICT_PRECISIONS:
+            raise UsageError(
+                f"verdict_precision is {verdict_precision!r}; choose one of "
+                f"{', '.join(VERDICT_PRECISIONS)}."
+            )
         self.classifier, self.purifier = classifier, as_purifier(purifier)
         self.undefended = classifier if undefended is None else undefended
         self.replicates, self.average = replicates, average
         self.packing = Packing(max_chains)
         self.seed = fresh_seed() if seed is None else seed
         self.calls = 0
+        self.verdict_precision = verdict_precision
+        self._checked: dict[tuple[Any, ...], str] = {}
         self.eval()
 
     @property
@@ -163,6 +181,43 @@ class PurifiedClassifier(nn.Module):
     def replicate_logits(self, images: Tensor, keys: Tensor) -> Tensor:
         """Return logits `[r, b, classes]` of images purified with the noise of `keys` `[r, b]`."""
         return self.classify_replicates(self.purify_replicates(images, keys))
+
+    def verdict_logits(self, images: Tensor, keys: Tensor) -> Tensor:
+        """Return `replicate_logits` for a judge: no gradient, in the verdicts' precision."""
+        precision = self.resolved_verdict_precision(images)
+        with torch.no_grad():
+            purified = self.purify_replicates(images, keys)
+            if precision != "bf16":
+                return self.classify_replicates(purified)
+            with arithmetic(precision, images.device):
+                return self.classify_replicates(purified).to(images.dtype)
+
+    def resolved_verdict_precision(self, images: Tensor) -> str:
+        """Return the precision in which verdicts on these images would be passed.
+
+        With "auto" the first call for a classifier that nothing is known of runs `PAIRS` chains. A
+        defense without noise, of which one pass says all, keeps fp32, and so do float64 images.
+        """
+        asked = self.verdict_precision
+        if asked != "auto" or images.dtype != torch.float32:
+            return resolve_precision(
+                "fp32" if asked == "auto" else asked, images.device, images.dtype
+            )
+        if not self.purifier.stochastic or not len(images):
+            return "fp32"
+        about = (images.device, *versions(self.classifier))
+        if about not in self._checked:
+            purified = partial(self._some_purified, images)
+            found = checked_verdicts(self.classifier, images.device, purified)
+            self._checked = {about: found}
+        return self._checked[about]
+
+    def _some_purified(self, images: Tensor) -> Tensor:
+        each = math.ceil(PAIRS / min(len(images), PAIRS))
+        some = images[:PAIRS]
+        keys = chain_keys(0, "verdict precision", range(len(some)), range(each))
+        with torch.no_grad():
+            return self.purify_replicates(some, keys).flatten(0, 1)
 
     def chunks(self, keys: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Split keys `[r, b]` into runs of at most `max_chains`: image rows and keys of each."""

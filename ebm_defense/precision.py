@@ -9,20 +9,15 @@ differences. Chains of both precisions start alike and feel the same noise.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import logging
-import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.resources import files
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ebm_defense.engine import Energy, choose_engine
-from ebm_defense.files import atomic
+from ebm_defense.findings import keep, key_of, look_up
 from ebm_defense.langevin import LangevinSettings, resolve_precision, run_chain
 from ebm_defense.noise import KeyedNoise, chain_keys
 
@@ -31,7 +26,6 @@ CHAIN_STEPS = 12_800
 FEWEST, REFEREED, REFEREED_STEPS = 16, 4, 20
 SMALL = 20_000
 """Energies of fewer parameters gain nothing from bf16 and are left in fp32, unchecked."""
-SHOWN = "precision.json"
 QUANTILE = 1.645
 
 _log = logging.getLogger("ebm_defense")
@@ -112,66 +106,14 @@ def _worth_it(energy: Energy) -> bool:
 
 def finding_key(energy: nn.Module, images: Tensor, settings: LangevinSettings) -> str:
     """Return what a finding is about: weights, network, chain, engine and kind of device."""
-    weights = hashlib.sha256()
-    for name, tensor in sorted(energy.state_dict().items()):
-        plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        weights.update(name.encode() + plain.tobytes())
-    parts = {
-        "weights": weights.hexdigest(),
-        "network": repr(energy),
-        "chain": [settings.step_size, settings.temperature],
-        "engine": choose_engine(energy, images, "bf16"),
-        "device": device_kind(images.device),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def device_kind(device: torch.device) -> str:
-    """Return "cpu" with its architecture, or the GPU's name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} {platform.machine()}"
+    chain = [settings.step_size, settings.temperature]
+    engine = choose_engine(energy, images, "bf16")
+    return key_of(energy, images.device, chain=chain, engine=engine)
 
 
 def known_finding(key: str, steps: int) -> Finding | None:
     """Return a finding of the package or the cache that covers chains of this length."""
-    shown = files("ebm_defense.engine").joinpath(SHOWN)
-    for text in (_read(Path(str(shown))), _read(_cached(key))):
-        finding = _parse(text, key)
-        if finding is not None and finding.steps >= steps:
-            return finding
-    return None
-
-
-def _parse(text: str | None, key: str) -> Finding | None:
-    try:
-        return Finding(**json.loads(text or "")[key])
-    except (ValueError, KeyError, TypeError):
-        return None  # absent, of another version or damaged: as if nothing were known
-
-
-def keep(key: str, finding: Finding) -> None:
-    """Write a finding to the user's cache; a cache that cannot be written is only logged."""
-    path = _cached(key)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(path) as partial:
-            partial.write_text(json.dumps({key: asdict(finding)}), encoding="utf-8")
-    except OSError as error:
-        _log.warning("the finding on bf16 cannot be kept in %s (%s).", path, error.strerror)
-
-
-def _cached(key: str) -> Path:
-    from ebm_defense.data import cache_folder
-
-    return cache_folder() / "precision" / f"{key}.json"
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return None
+    return next((f for f in look_up(key, Finding) if f.steps >= steps), None)
 
 
 def check(
@@ -202,7 +144,7 @@ def check(
     shown = _margins_shown(energy, starts, ends["fp32"], ends["bf16"])
     if classify is not None and labels is not None:
         right = {p: _right(classify, x, labels[rows]) for p, x in ends.items()}
-        shown["accuracy"] = _accuracy_margin(right["bf16"] - right["fp32"])
+        shown["accuracy"] = share_margin(right["bf16"] - right["fp32"])
     allowed = asdict(margins or Margins())
     return Finding(
         equivalent=all(value <= allowed[name] for name, value in shown.items()),
@@ -243,7 +185,8 @@ def margin_shown(differences: Tensor) -> float:
     return float(differences.mean().abs() + QUANTILE * error)
 
 
-def _accuracy_margin(differences: Tensor) -> float:
+def share_margin(differences: Tensor) -> float:
+    """Return the margin that is shown for a difference of shares, of −1, 0 or 1 an image `[n]`."""
     # One discordant pair more than were seen, or none at all would show a margin of 0.
     n, mean = len(differences), float(differences.mean())
     variance = (float(differences.abs().sum()) + 1.0) / n - mean**2

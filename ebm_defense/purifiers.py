@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ebm_defense.derivatives import hessian_product, vjp
 from ebm_defense.errors import UsageError
+from ebm_defense.findings import versions
 from ebm_defense.langevin import (
     PRECISIONS,
     Energy,
@@ -190,7 +191,7 @@ class LangevinPurifier(SteppedPurifier):
         """
         if self.precision != "auto":
             return resolve_precision(self.precision, images.device, images.dtype)
-        about = (images.device, images.dtype, self.settings, *_versions(self.energy))
+        about = (images.device, images.dtype, self.settings, *versions(self.energy))
         if about not in self._checked:
             self._checked = {about: checked_precision(self.energy, images, self.settings)}
         return self._checked[about]
@@ -198,12 +199,6 @@ class LangevinPurifier(SteppedPurifier):
     def extra_repr(self) -> str:
         s = self.settings
         return f"steps={s.steps}, step_size={s.step_size}, temperature={s.temperature}"
-
-
-def _versions(energy: Energy) -> list[tuple[int, int]]:
-    """Return what changes when an energy's weights are replaced or updated in place."""
-    parameters = energy.parameters() if isinstance(energy, nn.Module) else ()
-    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
 
 
 class NoPurifier(Purifier):

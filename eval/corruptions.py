@@ -26,7 +26,7 @@ from ebm_defense.eval.probe import probe
 from ebm_defense.eval.records import purifier_settings
 from ebm_defense.eval.statistics import CONFIDENCE, share
 from ebm_defense.eval.verdict import Stream, draw_logits
-from ebm_defense.eval.wording import describe_purifier
+from ebm_defense.eval.wording import describe_defense
 from ebm_defense.files import write_text
 from ebm_defense.fingerprint import digest, fingerprint
 
@@ -163,6 +163,7 @@ def evaluate_corruptions(
             "average": defense.average,
             "weights": fingerprint(defense),
             "purifier": purifier_settings(defense, images),
+            "verdicts": defense.resolved_verdict_precision(images),
         },
         "data": {"images": len(images), "sha256": digest([images, labels])},
     }
@@ -257,7 +258,7 @@ def _caption(settings: dict[str, Any]) -> str:
     return (
         f"Mean accuracy over {count} corruptions at severities {', '.join(map(str, grades))} "
         f"(Hendrycks, Dietterich 2019), {settings['source']}. {settings['replicates']} fresh "
-        f"replicates, one stage. Purifier: {describe_purifier(settings['defense']['purifier'])}. "
+        f"replicates, one stage. {describe_defense(settings['defense'])}. "
         f"{settings['data']['images']} images, {CONFIDENCE:.0%} Wilson intervals over images, "
         f"seed {settings['seed']}."
     )

@@ -13,6 +13,8 @@ from ebm_defense.errors import UsageError
 from ebm_defense.fingerprint import fingerprint
 
 Path_ = tuple[str | int, ...]
+BESIDES = ("training", "seed", "calls", "max_chains", "verdict_precision")
+"""Numbers of a model on which an attack's images do not rest."""
 
 
 def describe(value: Any) -> Any:
@@ -34,8 +36,7 @@ def _describe_model(model: nn.Module) -> dict[str, Any]:
         return model.plain
     parts = {k: describe(v) for k, v in vars(model).items() if dataclasses.is_dataclass(v)}
     plain = {k: v for k, v in vars(model).items() if isinstance(v, int | float | str)}
-    unlike = ("training", "seed", "calls", "max_chains")  # what an attack's images do not rest on
-    described = {k: v for k, v in (parts | plain).items() if k not in unlike}
+    described = {k: v for k, v in (parts | plain).items() if k not in BESIDES}
     purifier = getattr(model, "purifier", None)
     if isinstance(purifier, nn.Module):
         described["purifier"] = _describe_model(purifier)

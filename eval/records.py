@@ -36,6 +36,7 @@ def settings_of(
             "average": defense.average,
             "weights": fingerprint(defense),
             "purifier": purifier_settings(defense, images),
+            "verdicts": defense.resolved_verdict_precision(images),
         },
         "data": {"images": len(images), "sha256": digest([images, labels])},
     }

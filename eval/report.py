@@ -22,7 +22,7 @@ from ebm_defense.eval.measures import Measures
 from ebm_defense.eval.protocol import Protocol
 from ebm_defense.eval.runner import attack_column
 from ebm_defense.eval.statistics import CONFIDENCE, Share, share
-from ebm_defense.eval.wording import describe_attack, describe_purifier, describe_verdict
+from ebm_defense.eval.wording import describe_attack, describe_defense, describe_verdict
 from ebm_defense.files import writable_folder, write_text
 from ebm_defense.purifiers import NoPurifier
 
@@ -155,12 +155,12 @@ class Report:
             attacks += " Each attack gets the images that still stand after those before it."
         if self.protocol.looks == "last":
             attacks += " Only the images that an attack ends with are judged."
-        purifier = describe_purifier(self.settings["defense"]["purifier"])
+        defense = describe_defense(self.settings["defense"])
         shard = f"Shard {self.settings['shard']} alone. " if "shard" in self.settings else ""
         return (
             f"{shard}Protocol {self.protocol.name}: {attacks} "
             f"{describe_verdict(self.protocol.verdict, self.protocol.judge_replicates)} "
-            f"{self._budget()}Purifier: {purifier}. {len(self.records)} images, "
+            f"{self._budget()}{defense}. {len(self.records)} images, "
             f"{CONFIDENCE:.0%} Wilson intervals, seed {self.settings['seed']}.{self._footnotes()}"
         )
 

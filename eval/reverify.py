@@ -150,6 +150,7 @@ def reverify(
         "weights": fingerprint(defense),
         "average": defense.average,
         "purifier": purifier_settings(defense, report.originals),
+        "verdicts": defense.resolved_verdict_precision(report.originals.to(device)),
     }
     return Verification(settings=settings, records=records, attacks=_titles(report))
 

@@ -213,12 +213,11 @@ class Judge:
 def draw_logits(
     defense: PurifiedClassifier, images: Tensor, ids: Sequence[int], stream: Stream
 ) -> Tensor:
-    """Return a stream's replicate logits `[r, b, classes]` of images, without a gradient."""
+    """Return a stream's verdict logits `[r, b, classes]` of images, without a gradient."""
     count = len(attack_replicates(stream.replicates, defense))
     numbers = range(stream.first, stream.first + count)
     keys = chain_keys(stream.seed, stream.purpose, ids, numbers)
-    with torch.no_grad():
-        logits = defense.replicate_logits(images, keys)
+    logits = defense.verdict_logits(images, keys)
     stream.hear(keys.numel() * defense.purifier.chain_steps)
     return logits
 

@@ -65,6 +65,12 @@ PURIFIERS = {
 """Purifiers in words, by their class."""
 
 
+def describe_defense(settings: dict[str, Any]) -> str:
+    """Return what purifies, and in which precision verdicts are passed; old runs do not tell."""
+    verdicts = f"; verdicts in {settings['verdicts']}" if "verdicts" in settings else ""
+    return f"Purifier: {describe_purifier(settings['purifier'])}{verdicts}"
+
+
 def describe_purifier(settings: dict[str, Any]) -> str:
     """Return a purifier's name and numbers, as `purifier_settings` gives them."""
     if settings["kind"] in PURIFIERS:
