@@ -180,13 +180,6 @@ def test_a_model_that_draws_noise_of_its_own_cannot_be_replayed(images, labels):
     assert {"randomised output", "replay mismatch"} <= set(found)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Full(Identity):
-    """Stands for the gradient through every step."""
-
-    name: str = "full"
-
-
 def chain(activation: str) -> PurifiedClassifier:
     with torch.random.fork_rng():
         torch.manual_seed(0)
