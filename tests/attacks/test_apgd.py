@@ -15,6 +15,7 @@ from ebm_defense.attacks.apgd_rules import (
     refresh,
     reviews,
     sparse_step,
+    thin,
     ticks,
     windows,
 )
@@ -163,6 +164,18 @@ def test_a_step_is_halved_where_few_steps_rise_or_the_best_point_is_stuck():
     torch.testing.assert_close(after.size, torch.tensor([0.2, 0.4, 0.2, 0.4, 0.2]))
     assert after.checked.tolist() == before.best_loss.tolist()
     assert after.rises.tolist() == [0.0] * 5
+
+
+def test_sparse_steps_follow_the_best_points_support():
+    origin = torch.zeros(3, 1, 2, 4)
+    best = torch.ones(3, 8).tril(-1) + torch.tensor([[0.0], [6.0], [0.0]])
+    before = climbing(support=[8.0, 8.0, 2.0], size=[0.1, 0.6, 0.06])
+    after = thin(before._replace(best=best.view_as(origin)), origin, 0.3, 1)
+    assert after.support.tolist() == [0.0, 8.0, 2.0]
+    # A best point that has changed nothing leaves one pixel to move.
+    assert after.pixels.tolist() == [1.0, 6.0, 2.0]
+    assert after.returned.tolist() == [True, False, False]
+    torch.testing.assert_close(after.size, torch.tensor([0.3, 0.4, 0.04]))
 
 
 def test_the_first_window_never_counts_as_stuck():
