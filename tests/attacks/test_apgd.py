@@ -8,7 +8,18 @@ from torch import nn
 
 from ebm_defense import PurifiedClassifier, Purifier, UsageError
 from ebm_defense.attacks import APGD, DLR, CrossEntropy, Margin, TargetedAPGD, ThreatModel
-from ebm_defense.attacks.apgd_rules import RULES, reviews, sparse_step, ticks, windows
+from ebm_defense.attacks.apgd_rules import (
+    RULES,
+    begin,
+    halve,
+    refresh,
+    reviews,
+    sparse_step,
+    thin,
+    ticks,
+    windows,
+)
+from ebm_defense.attacks.hearing import Seen
 from ebm_defense.defense import as_defense
 
 COUNT, CLASSES = 6, 5
@@ -130,6 +141,57 @@ def test_on_a_deterministic_model_it_is_the_published_algorithm_step_by_step(
         torch.testing.assert_close(found[row], visited, rtol=0.0, atol=1e-9)
         turned += turns
     assert turned > 0 or steps == 1
+
+
+def climbing(**changed):
+    """An ascent of one pixel for each value given, on its way."""
+    count = len(next(iter(changed.values())))
+    look = Seen(*(torch.zeros(count, *shape) for shape in ((), (), (1, 1, 1), (1,))))
+    climb = begin(torch.zeros(count, 1, 1, 1), look, 0.4)
+    return climb._replace(**{name: torch.tensor(value) for name, value in changed.items()})
+
+
+def test_a_step_is_halved_where_few_steps_rise_or_the_best_point_is_stuck():
+    before = climbing(
+        rises=[3.0, 4.0, 4.0, 4.0, 4.0],
+        best_loss=[2.0, 2.0, 1.0, 1.0, 0.5],
+        checked=[1.0, 1.0, 1.0, 1.0, 1.0],
+        returned=[False, False, False, True, False],
+    )
+    after = halve(before, before.x, 0.2, 4)
+    # Stuck, but just sent back: it gets a second window. A fresh look may also lower the best.
+    assert after.returned.tolist() == [True, False, True, False, True]
+    torch.testing.assert_close(after.size, torch.tensor([0.2, 0.4, 0.2, 0.4, 0.2]))
+    assert after.checked.tolist() == before.best_loss.tolist()
+    assert after.rises.tolist() == [0.0] * 5
+
+
+def test_sparse_steps_follow_the_best_points_support():
+    origin = torch.zeros(3, 1, 2, 4)
+    best = torch.ones(3, 8).tril(-1) + torch.tensor([[0.0], [6.0], [0.0]])
+    before = climbing(support=[8.0, 8.0, 2.0], size=[0.1, 0.6, 0.06])
+    after = thin(before._replace(best=best.view_as(origin)), origin, 0.3, 1)
+    assert after.support.tolist() == [0.0, 8.0, 2.0]
+    # A best point that has changed nothing leaves one pixel to move.
+    assert after.pixels.tolist() == [1.0, 6.0, 2.0]
+    assert after.returned.tolist() == [True, False, False]
+    torch.testing.assert_close(after.size, torch.tensor([0.3, 0.4, 0.04]))
+
+
+def test_the_first_window_never_counts_as_stuck():
+    assert climbing(rises=[4.0]).returned.tolist() == [True]
+
+
+def test_a_fresh_look_at_the_best_point_replaces_what_luck_said_of_it():
+    before = climbing(returned=[True, False], best_loss=[9.0, 9.0], checked=[9.0, 9.0])
+    look = Seen(
+        torch.ones(2).bool(), torch.tensor([1.0, 2.0]), torch.ones(2, 1, 1, 1), torch.zeros(1, 2, 1)
+    )
+    after = refresh(before, look)
+    assert after.best_loss.tolist() == after.checked.tolist() == [1.0, 2.0]
+    assert after.best_gradient.flatten().tolist() == [1.0, 1.0]
+    # Only where the ascent goes on from there is it the iterate's own gradient.
+    assert after.gradient.flatten().tolist() == [1.0, 0.0]
 
 
 def test_sparse_checks_come_every_twenty_fifth_of_a_run():

@@ -133,11 +133,12 @@ def test_gradients_are_mixed_with_earlier_ones_ever_more(two_class, listen):
     attack = DiffHammer(fading=0.5)
     from ebm_defense.attacks.hearing import Seen
 
-    new, old = torch.full((1, 1, 1, 1), 1.0), torch.zeros(1, 1, 1, 1)
+    new, old = torch.full((1, 1, 1, 1), 1.0), torch.full((1, 1, 1, 1), 10.0)
     seen = Seen(torch.ones(1, dtype=torch.bool), torch.zeros(1), new, torch.zeros(1, 1, 2))
     for step in (1, 3, 8):
         mixed = attack._blend(seen, old, step).gradient
-        assert float(mixed) == pytest.approx((step + 1) ** -0.5)
+        fresh = (step + 1) ** -0.5
+        assert float(mixed) == pytest.approx(fresh + 10.0 * (1.0 - fresh))
 
 
 @pytest.mark.parametrize("wrong", [{"fading": -1.0}, {"sharpness": 0.0}])

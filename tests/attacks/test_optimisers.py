@@ -149,11 +149,12 @@ class Announced:
         return sum(self.purifier.rows) * self.purifier.chain_steps
 
 
+@pytest.mark.parametrize("options", [{}, {"steps": 0}], ids=["all steps", "no steps"])
 @pytest.mark.parametrize("stochastic", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_looks_and_cost_are_as_announced(name, counting_purifier, listen, stochastic):
+def test_looks_and_cost_are_as_announced(name, counting_purifier, listen, stochastic, options):
     counting_purifier.stochastic = stochastic
-    counted, heard, attack = Announced(counting_purifier), listen(), attack_of(name)
+    counted, heard, attack = Announced(counting_purifier), listen(), attack_of(name, **options)
     images, labels = data()
     attack.run(counted.defense, images, labels, ids=range(4), seed=0, judge=heard)
     assert counted.spent == 4 * attack.chain_steps(counted.defense)
