@@ -20,6 +20,7 @@ import pandas as pd
 from ebm_defense import load_data, load_defense
 from ebm_defense.attacks import PGD, ThreatModel, Transfer
 from ebm_defense.eval import Protocol, Report, evaluate, get_protocol
+from ebm_defense.eval.report import WORST_OF_ALL
 from ebm_defense.eval.statistics import paired
 from ebm_defense.files import writable_folder, write_text
 from ebm_defense.memory import keep_freed_memory
@@ -59,6 +60,7 @@ def measure(name: str, part: str, images: int, folder: Path) -> Report:
 def line(report: Report, name: str) -> pd.DataFrame:
     """Return a report's rows with the defense's name in front."""
     table = report.table()
+    table = table[table["attack"] != WORST_OF_ALL].copy()
     table["model"] = [name if m == "defended" else "undefended" for m in table["model"]]
     return table
 

@@ -43,12 +43,14 @@ class Column:
         note: what was done, for the footnote.
         judged: how it was judged.
         sources: where its numbers are, by the run's number.
+        alike: what runs share that share the column.
     """
 
     title: str
     note: str
     judged: str
     sources: dict[int, Source]
+    alike: tuple[str, ...]
 
 
 class Cell(NamedTuple):
@@ -319,22 +321,25 @@ def _columns(reports: Sequence[Report], sweep: bool) -> list[Column]:
     found: dict[object, Column] = {}
     for row, report in enumerate(reports):
         for number, column in enumerate(_measured(row, report, sweep)):
-            # Outside a sweep, measurements share a column only if they are alike in everything.
-            apart = (number and report.protocol.name, column.note, column.judged)
-            key = number if sweep else apart
-            found[key] = _join(found.get(key, column), column)
-    titles = [column.title for column in found.values()]
+            key = number if sweep else column.alike
+            whose = AS_ROWS if sweep else f"for {report.name}, "
+            found[key] = _join(found[key], column, whose) if key in found else column
+    columns = sorted(found.values(), key=lambda c: c.title == WORST_OF_ALL)
+    titles = [column.title for column in columns]
     marks = iter(range(1, len(titles) + 1))
     return [
         replace(c, title=f"{c.title} #{next(marks)}") if titles.count(c.title) > 1 else c
-        for c in found.values()
+        for c in columns
     ]
 
 
-def _join(first: Column, second: Column) -> Column:
+def _join(first: Column, second: Column, whose: str) -> Column:
     note, judged = first.note, first.judged
-    if note.removeprefix(AS_ROWS) != second.note:
-        note = AS_ROWS + note.removeprefix(AS_ROWS)
+    if second.note not in note:
+        # The points of a sweep differ in what their names say; other runs say it here.
+        note = (
+            whose + note.removeprefix(whose) if whose == AS_ROWS else f"{note} {whose}{second.note}"
+        )
     if judged != second.judged:
         judged = "Judged as each row says."
     return replace(first, note=note, judged=judged, sources=first.sources | second.sources)
@@ -344,21 +349,44 @@ AS_ROWS = "as each row says, else "
 
 
 def _measured(row: int, report: Report, sweep: bool) -> Iterator[Column]:
-    """Yield what a run measured; of an ensemble the worst of all, which no order can change."""
+    """Yield what a run measured; of an ensemble only the worst of all, which no order can change.
+
+    The worst of all is one column for runs whose attacks differ in their gradients alone, since an
+    attacker takes the one that fits the defense.
+    """
     protocol, draws = report.protocol, report.protocol.judge_replicates
     note = f"right by the average of {draws} fresh draws."
-    yield Column(title=CLEAN, note=note, judged="", sources={row: Source("clean", ())})
+    yield Column(
+        title=CLEAN, note=note, judged="", sources={row: Source("clean", ())}, alike=(CLEAN, note)
+    )
     judged = describe_verdict(protocol.verdict, draws)
     numbered = list(enumerate(protocol.attacks))
-    if protocol.ensemble:
-        every = Source(stands_column(*numbered[-1]), tuple(i for i, _ in numbered))
-        note = _ensemble_note(protocol.attacks)
-        yield Column(title=WORST_OF_ALL, note=note, judged=judged, sources={row: every})
-        return
-    for number, attack in numbered:
-        title = _family(attack) if sweep else attack_title(attack)
-        source = {row: Source(stands_column(number, attack), (number,))}
-        yield Column(title=title, note=attack_details(attack), judged=judged, sources=source)
+    for number, attack in numbered if not protocol.ensemble else []:
+        details = attack_details(attack)
+        yield Column(
+            title=_family(attack) if sweep else attack_title(attack),
+            note=details,
+            judged=judged,
+            sources={row: Source(stands_column(number, attack), (number,))},
+            alike=(protocol.name, details, judged),
+        )
+    if len(numbered) > 1:
+        yield Column(
+            title=WORST_OF_ALL,
+            note=_ensemble_note(protocol.attacks) if protocol.ensemble else EVERY_NOTE,
+            judged=judged,
+            sources={row: Source(WORST_OF_ALL, tuple(i for i, _ in numbered))},
+            alike=(protocol.name, judged, *map(_but_gradient, protocol.attacks)),
+        )
+
+
+def _but_gradient(attack: Attack) -> str:
+    gradient = getattr(attack, "gradient", None)
+    said = f"{attack.name}: {attack_details(attack)}"
+    return said.replace(gradient.name, "") if gradient else said
+
+
+EVERY_NOTE = "images that stand under every attack of their row."
 
 
 def _family(attack: Attack) -> str:

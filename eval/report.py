@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,13 +77,22 @@ class Report:
         return found._replace(low=low.low, high=high.high)
 
     def outcomes(self, column: str, doubt: int | None = None) -> pd.Series[Any]:
-        """Return 1 or 0 an image; `doubt` on those left undecided, if it is given."""
+        """Return 1 or 0 an image; `doubt` on those left undecided, if it is given.
+
+        The column `WORST_OF_ALL` is 1 where an image stands under every attack of the protocol.
+        """
+        if column == WORST_OF_ALL:
+            named = itertools.starmap(stands_column, enumerate(self.protocol.attacks))
+            each = [self.outcomes(stands, doubt) for stands in named]
+            return pd.concat(each, axis=1).min(axis=1)
         right = self.records[column]
         undecided = self.records.get(f"{column.removesuffix(': stands')}: undecided", 0 * right)
         return right if doubt is None else right.where(undecided == 0, doubt)
 
-    def robust(self, attack: int = -1) -> Share:
-        """Return robust accuracy under the protocol's attack of this number."""
+    def robust(self, attack: int | None = None) -> Share:
+        """Return robust accuracy, image by image under all attacks or under that of a number."""
+        if attack is None:
+            return self.share(WORST_OF_ALL)
         number = range(len(self.protocol.attacks))[attack]
         return self.share(stands_column(number, self.protocol.attacks[number]))
 
@@ -140,8 +150,8 @@ class Report:
             column = stands_column(number, attack)
             then = "then " if self.protocol.ensemble and number else ""
             lines.append((model, f"{then}{attack_title(attack)}", column))
-        if self.protocol.ensemble:
-            lines.append((model, WORST_OF_ALL, lines[-1][-1]))
+        if len(self.protocol.attacks) > 1:
+            lines.append((model, WORST_OF_ALL, WORST_OF_ALL))
         return lines
 
     def _model(self) -> str:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebm_defense import UsageError
-from ebm_defense.attacks import PGD, ThreatModel
+from ebm_defense.attacks import PGD, Full, Smoothed, ThreatModel
 from ebm_defense.eval import Flag, Protocol, Report, Sequential, compare
 from ebm_defense.eval.paired import mcnemar, unpaired
 from ebm_defense.eval.plots import FIGURES, draw_figures
@@ -138,6 +138,30 @@ def test_of_an_ensemble_the_worst_of_all_is_compared():
     assert found.share(0, found.columns[1]).right == 4
     assert "PGD-10: Linf 0.1" in found.footnote()
     assert "PGD-3: Linf 0.1" in found.footnote()
+
+
+def through(name, gradient, second_stands, eps=0.1):
+    """Return a report of two attacks, the second with this gradient."""
+    report = made(name, 36, 20, eps=eps)
+    second = PGD(threat=ThreatModel(eps=eps), steps=3, replicates=2, gradient=gradient)
+    records = report.records.assign(**{"1 PGD-3: stands": second_stands})
+    protocol = dataclasses.replace(report.protocol, attacks=(*report.protocol.attacks, second))
+    return dataclasses.replace(report, protocol=protocol, records=records)
+
+
+def test_the_worst_of_all_is_one_column_though_each_defense_has_its_own_gradient():
+    stands = np.arange(COUNT) % 2
+    reports = [through("a", Full(), stands), through("b", Smoothed(), 1 - stands)]
+    found = compare(reports)
+    *_, worst = found.columns
+    assert [len(c.sources) for c in found.columns] == [2, 2, 1, 1, 2]
+    assert worst.title == "worst of all"
+    for row, report in enumerate(reports):
+        both = report.records["0 PGD-10: stands"] & report.records["1 PGD-3: stands"]
+        assert found.share(row, worst).right == both.sum() == report.robust().right
+        assert report.table()["attack"].iloc[-1] == "worst of all"
+    other = compare([reports[0], through("c", Full(), stands, eps=0.2)])
+    assert [len(c.sources) for c in other.columns if "worst" in c.title] == [1, 1]
 
 
 def undecided(report, doubtful):

@@ -599,7 +599,8 @@ def test_the_latex_escapes_what_latex_would_eat(report):
 
 def test_the_table_has_a_row_for_each_model_and_attack(report):
     table = report.table()
-    assert table["model"].tolist() == ["undefended"] * 2 + ["defended"] * 4
+    assert table["model"].tolist() == ["undefended"] * 2 + ["defended"] * 5
+    assert table["attack"].iloc[-1] == "worst of all"
     assert table["attack"].str.contains("PGD-3").sum() == 3
     assert table["attack"].str.contains("transfer").sum() == 1
     assert (table["low"] <= table["accuracy"]).all()
