@@ -5,8 +5,8 @@ import torch
 
 from ebm_defense import PurifiedClassifier, UsageError, load_defense
 from ebm_defense._torchvision import torchvision
-from ebm_defense.attacks import Square, ThreatModel
-from ebm_defense.attacks.square import width
+from ebm_defense.attacks import Margin, Square, ThreatModel
+from ebm_defense.attacks.square import Incumbent, width
 from ebm_defense.attacks.square_proposals import PROPOSALS
 from ebm_defense.defense import as_defense
 from ebm_defense.noise import KeyedNoise
@@ -99,13 +99,36 @@ def noise_keys(linear, images, labels):
 def test_a_lucky_incumbent_is_seen_afresh(linear, listen):
     threat, heard = ThreatModel(eps=0.1), listen()
     images, labels = margins(linear, [0.5], threat)
-    attack = Square(threat=threat, steps=11, replicates=1, review=5)
-    defense = PurifiedClassifier(linear, GaussianNoise(0.2))
+    attack = Square(threat=threat, steps=21, replicates=1, review=5)
+    defense = PurifiedClassifier(linear, GaussianNoise(0.5))
     attack.run(defense, images, labels, ids=[0], seed=0, judge=heard)
-    assert len(heard.proposals) == attack.looks == 1 + 11 + 2
-    shown = [p.images for p in heard.proposals]
-    assert any(torch.equal(shown[6], x) for x in shown[:6])
-    assert any(torch.equal(shown[12], x) for x in shown[:12])
+    assert len(heard.proposals) == attack.looks == 1 + 21 + 4
+    noise, kept = KeyedNoise(noise_keys(linear, images, labels)), 0
+    shown = iter(heard.proposals)
+    best, loss = heard_of(next(shown), labels)
+    for query in range(21):
+        if query and query % 5 == 0:
+            again, loss = heard_of(next(shown), labels)
+            assert torch.equal(again, best)
+        x, challenge = heard_of(next(shown), labels)
+        side = PROPOSALS["Linf"].side(width(query, 0.8, 64), 8, 8)
+        change = PROPOSALS["Linf"].change(best - images, side, threat.eps, query + 1, noise)
+        torch.testing.assert_close(x, threat.project(images + change, images))
+        if challenge > loss:
+            best, loss, kept = x, challenge, kept + 1
+    assert kept > 1
+
+
+def heard_of(proposal, labels):
+    """What was proposed of one image, and its loss."""
+    return proposal.images, float(Margin()(proposal.logits, labels))
+
+
+def test_a_challenger_that_is_no_better_is_not_kept():
+    before = Incumbent(torch.zeros(3, 1, 1, 1), torch.tensor([1.0, 1.0, 1.0]), torch.arange(3))
+    after = before.challenge(torch.ones(3, 1, 1, 1), torch.tensor([0.5, 1.0, 1.5]))
+    assert after.x.flatten().tolist() == [0.0, 0.0, 1.0]
+    assert after.loss.tolist() == [1.0, 1.0, 1.5]
 
 
 @pytest.mark.parametrize("wrong", [{"p": 0.0}, {"p": 1.5}, {"review": 0}, {"replicates": 0}])
