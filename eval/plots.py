@@ -49,7 +49,11 @@ class Point(NamedTuple):
     natural: Share
 
 
-Curves = dict[str, list[Point]]
+class Curve(NamedTuple):
+    """Runs that differ in one number alone."""
+
+    label: str
+    points: list[Point]
 
 
 def over_steps(reports: Sequence[Report]) -> Figure | None:
@@ -89,7 +93,8 @@ def draw_curve(
     # A stair lies about its step, so that the last one, the verdict, has a width too.
     edges = np.arange(len(curve) + 1) - 0.5
     axis.stairs(100 * curve, edges, baseline=None, label=name, **look)
-    shown = np.arange(len(curve))[:: -math.ceil(len(curve) / BARS)]
+    every = math.ceil(len(curve) / BARS)
+    shown = np.arange(len(curve) - number * every // of)[::-every]
     shares = [share(round(curve[s] * total), total) for s in shown]
     across = (number + 1) / (of + 1) - 0.5
     axis.errorbar(
@@ -228,6 +233,7 @@ def _bars(
     points: Sequence[Point],
     number: int,
     line: str,
+    label: str,
     *,
     shift: float = 0.0,
     both: bool = False,
@@ -247,7 +253,7 @@ def _bars(
         elinewidth=1,
         markersize=5,
         markerfacecolor="none",  # so that a mark shows what lies under it
-        label=points[0].name,
+        label=label,
         transform=axis.transData + aside if shift else axis.transData,
         clip_on=False,
     )
@@ -264,7 +270,7 @@ def _scatter(
         alike = [p.name for p in points if p.x == point.x]
         # Accuracies are read off, and stay where they are; equal costs stand side by side.
         shift = 0.0 if both else APART * (alike.index(point.name) - (len(alike) - 1) / 2)
-        _bars(axis, [point], i, "", shift=shift, both=both)
+        _bars(axis, [point], i, "", point.name, shift=shift, both=both)
     draw_legend(axis)
     return figure if len(points) > 1 else None
 
@@ -277,8 +283,8 @@ def _series(
 ) -> Figure | None:
     figure, axis = _canvas(xlabel, ROBUST)
     curves = group(reports, x, rest)
-    for i, points in enumerate(curves.values()):
-        _bars(axis, points, i, "-")
+    for i, curve in enumerate(curves):
+        _bars(axis, curve.points, i, "-", curve.label)
     draw_legend(axis)
     return figure if curves else None
 
@@ -287,8 +293,8 @@ def group(
     reports: Sequence[Report],
     x: Callable[[Report], float | None],
     rest: Callable[[dict[str, Any]], None],
-) -> Curves:
-    """Return the points of runs that differ in x alone, by the first one's name; two or more each.
+) -> list[Curve]:
+    """Return the points of runs that differ in x alone, two or more each, under what they share.
 
     Args:
         reports: the runs.
@@ -303,7 +309,14 @@ def group(
             key = json.dumps(settings, sort_keys=True)
             groups.setdefault(key, []).append(_point(report, value))
     found = [sorted(points, key=lambda p: p.x) for points in groups.values()]
-    return {ps[0].name: ps for ps in found if len({p.x for p in ps}) > 1}
+    return [Curve(_shared(ps), ps) for ps in found if len({p.x for p in ps}) > 1]
+
+
+def _shared(points: Sequence[Point]) -> str:
+    """Return what the names of a line's points have in common, as "K=50" of "eps=0.1, K=50"."""
+    first, *others = (point.name.split(", ") for point in points)
+    shared = [part for part in first if all(part in other for other in others)]
+    return ", ".join(shared) or f"{points[0].name} to {points[-1].name}"
 
 
 def _eps(report: Report) -> float | None:

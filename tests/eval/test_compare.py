@@ -292,6 +292,24 @@ def test_a_line_over_eps_holds_the_runs_accuracies():
     np.testing.assert_allclose(line.get_xydata(), [[0.1, 50.0], [0.2, 25.0]])
 
 
+def test_a_line_is_called_by_what_its_points_share():
+    names = ["eps=0.1, K=5", "eps=0.2, K=5", "eps=0.1, K=9", "eps=0.2, K=9"]
+    reports = [made(n, 36, 10, eps=float(n[4:7]), chain=int(n[-1])) for n in names]
+    figure = FIGURES["accuracy-over-eps"].draw(reports)
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["K=5", "K=9"]
+    figure = FIGURES["accuracy-over-eps"].draw([made("a", 9, 8, eps=0.1), made("b", 9, 8, eps=0.2)])
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a to b"]
+
+
+def test_intervals_of_long_curves_stand_side_by_side():
+    reports = [made(n, 36, 20, steps=50, seed=i) for i, n in enumerate("abc")]
+    figure = FIGURES["accuracy-over-steps"].draw(reports)
+    places = [[s[0][0] for s in c.get_segments()] for c in figure.axes[0].collections]
+    everywhere = np.sort(np.concatenate(places))
+    assert len(everywhere) > 20
+    assert np.diff(everywhere).min() > 1.0
+
+
 def test_a_curve_ends_with_a_stair_as_wide_as_the_others():
     figure = FIGURES["accuracy-over-steps"].draw([made("a", 36, 20), made("b", 36, 10, seed=1)])
     values, edges, _ = figure.axes[0].patches[0].get_data()
