@@ -4,7 +4,8 @@
     python benchmarks/comparison.py --images 16
 
 Protocol hill2021 (transfer and BPDA+EOT) at this data set's eps, and one more attack, through the
-chain by the gradient that fits the energy, all on the same test images. Runs resume; the table, as text, Markdown, LaTeX, CSV and HTML, and the figures lie in OUT/comparison.
+chain by the gradient that fits the energy, all on the same test images. Runs
+resume; the table, as text, Markdown, LaTeX, CSV and HTML, and the figures lie in OUT/comparison.
 """
 
 from __future__ import annotations
