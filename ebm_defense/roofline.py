@@ -71,11 +71,10 @@ def product_work(s: ConvEnergySettings, precision: str) -> Work:
 
     FLOP: of every layer the forward pass and the input gradient, then the vector's way up and the
     way down of what the curvature makes of it; the last layer is linear and its gradient constant,
-    so that only the first two touch it. What torch's double backward does besides, gradients of
-    weights that nobody asks for, is no work. Bytes: of each activation the value is written and
-    read by all four ways, the gradient and the vector's image are written and read by the next
-    layer and by the curvature, and what comes down is written and read; state and vector are read
-    and the product is written in fp32.
+    so that only the first two touch it. Bytes: of each activation the value is written and read by
+    all four ways, the gradient and the vector's image are written and read by the next layer and by
+    the curvature, and what comes down is written and read; state and vector are read and the
+    product is written in fp32.
     """
     *inner, last = _products(s)
     image = 3 * 4 * s.channels * s.image_size**2

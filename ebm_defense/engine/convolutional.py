@@ -27,7 +27,7 @@ from ebm_defense.engine.subpixel import Convolution, best_blocks
 class Bend:
     """LeakyReLU: the sign of its own output tells its slope."""
 
-    def __init__(self, activation: nn.LeakyReLU) -> None:
+    def __init__(self, activation: nn.LeakyReLU, like: Tensor) -> None:
         self.slope = activation.negative_slope
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,20 +42,23 @@ class Bend:
 
 
 class SoftBend:
-    """Smooth LeakyReLU, by its slope (1 − a) + a·z/√(z² + e²)."""
+    """Smooth LeakyReLU and its slope, both as means with weights 1 − a and a.
+
+    With r = √(z² + e²) they are those of z and r − e, and of 1 and z/r. A mean is one pass over
+    memory and rounds once, so that in bf16 the slope of z → −∞ keeps its digits.
+    """
 
     slope = None
 
-    def __init__(self, activation: SoftLeakyReLU) -> None:
+    def __init__(self, activation: SoftLeakyReLU, like: Tensor) -> None:
         self.a, self.e = (1.0 - activation.slope) / 2.0, activation.width
+        self.square, self.one = like.new_full((), self.e**2), like.new_ones(())
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the activation of `z` and its slope there."""
-        inverse = (z * z).add_(self.e**2).rsqrt_()
-        slope = (z * inverse).mul_(self.a).add_(1.0 - self.a)
-        # (1−a)·z + a·√(z²+e²) − a·e = slope·z + a·e·(e/√(z²+e²) − 1)
-        bent = inverse.mul_(self.e).sub_(1.0).mul_(self.a * self.e).addcmul_(slope, z)
-        return bent, slope
+        r = torch.addcmul(self.square, z, z).sqrt_()
+        slope = (z / r).lerp_(self.one, 1.0 - self.a)
+        return r.sub_(self.e).lerp_(z, 1.0 - self.a), slope
 
     def backward(self, gradient: Tensor, kept: Tensor) -> Tensor:
         """Return gradient times slope, written over the slope."""
@@ -76,9 +79,9 @@ class Layer:
             conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0],
             int(conv.padding[0]), size,
         )  # fmt: skip
-        self.bend = BENDS[type(activation)](activation)
         assert conv.bias is not None
         weight, bias = (t.detach().to(dtype) for t in (conv.weight, conv.bias))
+        self.bend = BENDS[type(activation)](activation, weight)
         example = (1, c.fan_in, size, size)
         self.forward = convolution(weight, bias, c.stride, c.padding, example, self.bend.slope)
         self.backward = input_gradient(c, weight)
