@@ -119,6 +119,16 @@ def test_a_lucky_incumbent_is_seen_afresh(linear, listen):
     assert kept > 1
 
 
+@pytest.mark.parametrize("steps", [0, 1, 5, 6, 10, 11])
+def test_nothing_is_seen_afresh_after_the_last_query(linear, listen, steps):
+    threat, heard = ThreatModel(eps=0.1), listen()
+    images, labels = margins(linear, [0.5], threat)
+    attack = Square(threat=threat, steps=steps, replicates=1, review=5)
+    defense = PurifiedClassifier(linear, GaussianNoise(0.2))
+    attack.run(defense, images, labels, ids=[0], seed=0, judge=heard)
+    assert len(heard.proposals) == attack.looks == 1 + steps + (steps > 5) + (steps > 10)
+
+
 def heard_of(proposal, labels):
     """What was proposed of one image, and its loss."""
     return proposal.images, float(Margin()(proposal.logits, labels))

@@ -170,6 +170,13 @@ def test_a_change_moves_the_mass_of_two_windows_as_published(norm, side):
             torch.testing.assert_close(found[i, c], expected)
 
 
+@pytest.mark.parametrize("norm", MASSES)
+def test_a_norm_rounded_above_eps_leaves_nothing_over_and_no_nan(norm):
+    delta = torch.zeros_like(LIKE)
+    delta[:, 0, 0, 0] = 1.0 + 1e-6
+    assert bool(PROPOSALS[norm].change(delta, 3, 1.0, 1, NOISE).isfinite().all())
+
+
 # In smaller images the new bump may be just what the window held, with the other sign.
 @given(st.integers(0, 2**31), st.integers(1, 3), st.integers(3, 9), st.integers(3, 9))
 def test_an_l2_change_spends_all_of_eps_whatever_it_changes(seed, channels, height, width):

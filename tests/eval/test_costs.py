@@ -70,6 +70,7 @@ def test_what_is_crafted_on_another_defense_is_counted_too(job, counting_purifie
     here = job([PGD_2])
     other = Transfer(attack=PGD_2, replicates=2, source=here.defense)
     twice = Transfer(attack=DEEP_FOOL, replicates=2, source=here.defense)
+    assert (other.open_ended, twice.open_ended) == (False, True)
     done = runner.run(job([other, twice]), Shelf())
     assert sum(done.costs["steps"].values()) == sum(counting_purifier.rows) * 7
 
