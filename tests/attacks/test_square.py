@@ -169,6 +169,6 @@ def test_in_l2_it_is_as_strong_as_the_reference(sample):
         reference = torchattacks.Square(model, norm="L2", eps=threat.eps, n_queries=50)
         theirs = threat.project(reference(images, labels), images)
     mine, other = (int((model(x).argmax(1) == labels).sum()) for x in (ours, theirs))
-    # One image in five falls to one search and not to the other: two standard deviations.
-    assert abs(mine - other) <= 2 * (len(labels) / 5) ** 0.5
+    # One image in ten was seen to fall to one search alone: three standard deviations of that.
+    assert abs(mine - other) <= 3 * (len(labels) / 10) ** 0.5
     assert max(mine, other) < 0.8 * len(labels)
