@@ -31,7 +31,7 @@ class Attacks:
         """Print the catalogue."""
         defense = load_defense(self.defense, seed=0)
         eps = _eps(self.defense)
-        print(f"{'name':<16} {'chain-steps':>12}  {'norms':<14} what it is")
+        print(f"{'name':<18} {'chain-steps':>12}  {'norms':<14} what it is")
         for name, entry in ATTACKS.items():
             cost = _cost(name, entry.norms[0], defense, eps)
             print(_line(name, cost, " ".join(entry.norms), entry))
@@ -46,7 +46,7 @@ class Attacks:
 
 
 def _line(name: str, cost: str, norms: str, entry: Entry) -> str:
-    return f"{name:<16} {cost:>12}  {norms:<14} {entry.summary} ({entry.source})"
+    return f"{name:<18} {cost:>12}  {norms:<14} {entry.summary} ({entry.source})"
 
 
 def _eps(defense: str) -> float:

@@ -66,7 +66,7 @@ class Evaluate:
     protocol: str = "quick"
     """quick, hill2021, lifecycle2022, mefa2026, standard, or a protocol's TOML file."""
     norm: str | None = None
-    """Linf or L2."""
+    """Linf, L2 or L1."""
     eps: float | None = None
     """Largest perturbation, in [0, 1] pixel units."""
     steps: int | None = None

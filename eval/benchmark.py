@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from ebm_defense.data import dataset as known_dataset
 from ebm_defense.data import load_data
+from ebm_defense.defense import as_defense
 from ebm_defense.eval.evaluate import evaluate
+from ebm_defense.eval.members import fitting_gradient
 from ebm_defense.eval.protocol import get_protocol
 from ebm_defense.eval.report import Report
-from ebm_defense.eval.runner import attack_column
 
 
 class Benchmark(NamedTuple):
@@ -54,7 +56,7 @@ def benchmark(
         model: any classifier of [0, 1] images, deterministic or random.
         n_examples: how many images, a stratified sample.
         dataset: a name in `ebm_defense.data.DATASETS`.
-        threat_model: "Linf" or "L2".
+        threat_model: "Linf", "L2" or "L1".
         eps: in [0, 1] units; the data set's custom if not given.
         protocol: a name in `PROTOCOLS`.
         split: "train", "val" or "test".
@@ -67,16 +69,12 @@ def benchmark(
         UsageError: as `load_data`, `get_protocol` and `evaluate`.
     """
     size = known_dataset(dataset).eps if eps is None else eps
-    chosen = get_protocol(protocol, norm=threat_model, eps=size)
-    images, labels = load_data(dataset, split, n_examples, root=data_dir)
+    images, labels = (
+        part.to(device) for part in load_data(dataset, split, n_examples, root=data_dir)
+    )
     if isinstance(model, torch.nn.Module):
         model = model.to(device)
-    report = evaluate(model, images.to(device), labels.to(device), chosen, seed=seed, out=out)
-    return Benchmark(report.share("clean").value, worst_case(report), report)
-
-
-def worst_case(report: Report) -> float:
-    """Return the share of images that stand under every attack of a run."""
-    attacks = enumerate(report.protocol.attacks)
-    columns = [f"{attack_column(i, attack)}: stands" for i, attack in attacks]
-    return float(report.records[columns].min(axis=1).mean())
+    through = partial(fitting_gradient, as_defense(model), images)
+    chosen = get_protocol(protocol, through=through, norm=threat_model, eps=size)
+    report = evaluate(model, images, labels, chosen, seed=seed, out=out)
+    return Benchmark(report.share("clean").value, report.robust().value, report)

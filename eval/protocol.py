@@ -87,7 +87,7 @@ class Budget:
     """The numbers of a BPDA+EOT evaluation; None keeps the preset's.
 
     Attributes:
-        norm: "Linf" or "L2".
+        norm: "Linf", "L2" or "L1".
         eps: in [0, 1] units.
         steps: attack steps.
         step_size: in [0, 1] units; a quarter of eps if not given.

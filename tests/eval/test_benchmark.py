@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
+from torch import nn
 
-from ebm_defense import UsageError, load_data
+from ebm_defense import (
+    ConvEnergy,
+    ConvEnergySettings,
+    LangevinPurifier,
+    PurifiedClassifier,
+    UsageError,
+    load_data,
+)
 from ebm_defense.eval import benchmark, load_run
-from ebm_defense.eval.benchmark import worst_case
 
 
 def centroids(x):
@@ -27,12 +36,25 @@ def test_a_function_is_benchmarked_in_one_call(tmp_path):
     assert load_run(tmp_path / "run").robust() == report.robust()
 
 
-def test_the_worst_case_needs_an_image_to_stand_under_every_attack():
+def test_robust_accuracy_needs_an_image_to_stand_under_every_attack():
     report = benchmark(centroids, 10, "digits", eps=0.1, protocol="hill2021").report
     records = report.records
     first, second = [c for c in records if c.endswith(": stands")]
     records[first], records[second] = [1] * 6 + [0] * 4, [0] * 3 + [1] * 7
-    assert worst_case(report) == 0.3
+    assert report.robust().value == 0.3
+
+
+def test_standard_takes_the_gradient_that_fits_the_energy(monkeypatch):
+    def only_look(model, images, labels, protocol, **options):
+        raise UsageError(" ".join({type(a.gradient).__name__ for a in protocol.attacks[2:6]}))
+
+    module = importlib.import_module("ebm_defense.eval.benchmark")
+    monkeypatch.setattr(module, "evaluate", only_look)
+    for activation, gradient in (("leaky_relu", "Smoothed"), ("soft_lrelu", "Full")):
+        shape = ConvEnergySettings(channels=1, image_size=8, width=2, activation=activation)
+        model = PurifiedClassifier(nn.Flatten(), LangevinPurifier(ConvEnergy(shape), 2))
+        with pytest.raises(UsageError, match=f"^{gradient}$"):
+            benchmark(model, 4, "digits", protocol="standard")
 
 
 def test_an_unknown_data_set_is_refused():
