@@ -26,6 +26,7 @@ from ebm_defense.files import writable_folder, write_text
 from ebm_defense.memory import keep_freed_memory
 from ebm_defense.noise import chain_keys
 
+RESULTS = Path(__file__).parent / "results"
 STEPS_ACROSS_EPS = 4
 
 
@@ -88,7 +89,7 @@ def row(
 
 
 def main() -> int:
-    """Compare, print a line as soon as it is there, and keep the table in the run folder."""
+    """Compare, print a line as soon as it is there, and keep the table in benchmarks/results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--defense", default="fashion-mnist")
     parser.add_argument("--data", default="fashion-mnist")
@@ -114,9 +115,23 @@ def main() -> int:
         lines.append(row(defense, data, spec, gradient, given))
         print(*lines[-1].values(), sep=" | ", flush=True)
     table = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
-    write_text(given.out / f"{given.defense}-{given.split}-{len(data.labels)}.md", table + "\n")
-    print(f"\n{table}")
+    text = f"{table}\n\n{caption(given)}\n"
+    print(f"\n{text}")
+    write_text(writable_folder(RESULTS) / f"smoothing-{given.defense}-{given.split}.md", text)
     return 0
+
+
+def caption(given: argparse.Namespace) -> str:
+    """Return what all rows share."""
+    eps = dataset(given.data).eps if given.eps is None else given.eps
+    steps = load_defense(given.defense).purifier.chain_steps
+    return (
+        f"{given.defense}, {given.images} {given.split} images, PGD on the cross-entropy, Linf "
+        f"{eps:g}, {given.steps} steps of {eps / STEPS_ACROSS_EPS:g}, random start, "
+        f"{given.replicates} replicates a step, {steps} Langevin steps, judged on "
+        f"{given.judge_replicates} fresh draws (two-stage rule), 95% Wilson intervals, seed "
+        f"{given.seed}."
+    )
 
 
 if __name__ == "__main__":
