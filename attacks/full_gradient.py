@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ebm_defense.attacks.bending import Bending
 from ebm_defense.attacks.chains import Chain, groups_of, refuse_mismatch, run
 from ebm_defense.attacks.gradients import Pullback, Purified
 from ebm_defense.defense import PurifiedClassifier
@@ -20,6 +22,9 @@ from ebm_defense.purifiers import Purifier, SteppedPurifier
 PRODUCT_COST = 2.5
 """Chain-steps that a Hessian-vector product costs in the chain's own precision, as measured by
 benchmarks/full_gradient.py; by counting convolutions it is 2, four passes to a step's two."""
+
+PullStep = Callable[[Tensor, Tensor, int], Tensor]
+"""Maps a cotangent after a step, and the state before it, to the cotangent there."""
 
 STORES: dict[str, Callable[[int, float, float], int]] = {
     "all": lambda blocks, size, memory: blocks,
@@ -64,11 +69,9 @@ class Walk(Pullback):
         """How many steps one Hessian-vector product stands for."""
         return 1
 
-    def pull_block(
-        self, purifier: SteppedPurifier, noise: KeyedNoise, g: Tensor, x: Tensor, block: range
-    ) -> Tensor:
-        """Map a cotangent after a block of steps to one at the state x before it."""
-        raise NotImplementedError
+    def bending(self, step: int, steps: int) -> Bending | None:
+        """Return what lends corners curvature on the way back through one of the chain's steps."""
+        return None
 
     def purify(self, defense: PurifiedClassifier, images: Tensor, keys: Tensor) -> Purified:
         """Purify `images` `[b, C, H, W]` with the noise of `keys` `[r, b]`.
@@ -111,12 +114,30 @@ class Walk(Pullback):
         return Purified(chain.purified, lambda cotangent: self._pull(chain, noise, cotangent))
 
     def _pull(self, chain: Chain, noise: KeyedNoise, cotangent: Tensor) -> Tensor:
-        def back(g: Tensor, x: Tensor, block: range) -> Tensor:
-            with arithmetic(self.precision, x.device):
-                return self.pull_block(chain.purifier, noise, g, x, block)
-
         with torch.no_grad():
+            pull = self.pull_step(chain.purifier, noise, chain.end)
+
+            def back(g: Tensor, x: Tensor, block: range) -> Tensor:
+                pulled = pull(g, x, block.start)
+                return pulled if len(block) == 1 else g.lerp(pulled, len(block))
+
             return chain.pull(cotangent, back, self.replay_tolerance)
+
+    def pull_step(self, purifier: SteppedPurifier, noise: KeyedNoise, like: Tensor) -> PullStep:
+        """Return the way back through a step at states such as `like`, by the fastest means."""
+        prepared = purifier.prepared_pull(like, self.precision)
+
+        def by_engine(g: Tensor, x: Tensor, step: int) -> Tensor:
+            assert prepared is not None
+            bending = self.bending(step, purifier.chain_steps)
+            return prepared(g, x, None if bending is None else bending.curvature)
+
+        def by_autograd(g: Tensor, x: Tensor, step: int) -> Tensor:
+            bending = self.bending(step, purifier.chain_steps)
+            with arithmetic(self.precision, x.device), bending or nullcontext():
+                return purifier.pull_step(g, x, noise, step)
+
+        return by_engine if prepared else by_autograd
 
     def chain_steps(self, defense: PurifiedClassifier, replicates: int = 1) -> int:
         """Return the cost of a look at one image by so many replicates, in Langevin steps.
@@ -146,11 +167,6 @@ class Full(Walk):
     """
 
     name: str = "full"
-
-    def pull_block(
-        self, purifier: SteppedPurifier, noise: KeyedNoise, g: Tensor, x: Tensor, block: range
-    ) -> Tensor:
-        return purifier.pull_step(g, x, noise, block.start)
 
 
 def refuse_without_gradient(purifier: Purifier) -> None:

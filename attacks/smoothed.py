@@ -3,104 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from ebm_defense.attacks.bending import Bending
 from ebm_defense.attacks.full_gradient import Walk
 from ebm_defense.attacks.gradients import Purified
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import KeyedNoise
 from ebm_defense.purifiers import Purifier, SteppedPurifier
-
-
-class _Slope(torch.autograd.Function):
-    """The slope of LeakyReLU; its derivative is that of soft_lrelu's slope, a·e²/(x²+e²)^{3/2}."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, slope: float, e: Tensor) -> Tensor:
-        ctx.save_for_backward(x, e)
-        ctx.a = (1.0 - slope) / 2.0
-        return torch.where(x > 0, 1.0, slope).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        x, e = ctx.saved_tensors
-        near = (x * x + e * e).clamp_min(torch.finfo(x.dtype).tiny).rsqrt()
-        return grads[0] * (ctx.a * (e * near).square() * near), None, None
-
-
-class _Bent(torch.autograd.Function):
-    """LeakyReLU with the curvature of soft_lrelu: value and slope are its own."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, slope: float, e: Tensor) -> Tensor:
-        ctx.save_for_backward(x, e)
-        ctx.slope = slope
-        return F.leaky_relu(x, slope)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        x, e = ctx.saved_tensors
-        return grads[0] * _Slope.apply(x, ctx.slope, e), None, None
-
-
-def bent(x: Tensor, slope: float, width: float) -> Tensor:
-    """Return LeakyReLU(x), with the second derivative of soft_lrelu (Du, Hill, Cai 2026, MEFA).
-
-    Args:
-        x: pre-activations `[b, …]`.
-        slope: for x < 0; 0 is ReLU.
-        width: the bend's e, in standard deviations of each image's own pre-activations x[i].
-    """
-    work = x.detach().flatten(1).to(torch.promote_types(x.dtype, torch.float32))
-    e = width * work.std(1, correction=0).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-    return _Bent.apply(x, slope, e)
-
-
-def _leaky(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> float:
-    return negative_slope
-
-
-def _rectified(x: Tensor, inplace: bool = False) -> float:
-    return 0.0
-
-
-CORNERS: dict[Callable[..., Any], Callable[..., float]] = {
-    F.leaky_relu: _leaky,
-    F.relu: _rectified,
-    torch.relu: _rectified,
-    Tensor.relu: _rectified,
-}
-"""The activations that are bent, each with its slope for x < 0 from the call's own arguments;
-nn.LeakyReLU and nn.ReLU call the first two."""
-
-
-class Bending(TorchFunctionMode):
-    """While it is active, every activation in `CORNERS` has the curvature of `bent`.
-
-    It changes no module: it stands between the caller and torch.
-
-    Args:
-        width: see `bent`.
-    """
-
-    def __init__(self, width: float) -> None:
-        super().__init__()
-        self.width, self.found = width, 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in CORNERS:
-            return func(*args, **(kwargs or {}))
-        self.found += 1
-        slope = CORNERS[func](*args, **(kwargs or {}))
-        return bent((args or (kwargs["input"],))[0], slope, self.width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,12 +80,8 @@ class Smoothed(Walk):
         """Return the width at one of the chain's steps."""
         return self.width * (self.last_width / self.width) ** (step / max(steps - 1, 1))
 
-    def pull_block(
-        self, purifier: SteppedPurifier, noise: KeyedNoise, g: Tensor, x: Tensor, block: range
-    ) -> Tensor:
-        with Bending(self.width_at(block.start, purifier.chain_steps)):
-            pulled = purifier.pull_step(g, x, noise, block.start)
-        return g + len(block) * (pulled - g)
+    def bending(self, step: int, steps: int) -> Bending:
+        return Bending(self.width_at(step, steps))
 
     def purify(self, defense: PurifiedClassifier, images: Tensor, keys: Tensor) -> Purified:
         """Purify `images` `[b, C, H, W]` with the noise of `keys` `[r, b]`.

@@ -9,23 +9,27 @@ from __future__ import annotations
 from torch import Tensor
 
 from ebm_defense.engine.autograd import AutogradGradient, energy_and_gradient
-from ebm_defense.engine.base import Energy, EnergyGradient, Engine
+from ebm_defense.engine.base import Curvature, Energy, EnergyGradient, Engine, HessianProduct
 from ebm_defense.engine.convolutional import ConvGradient, supports
+from ebm_defense.engine.product import ConvProduct
 from ebm_defense.engine.report import fell_back
 from ebm_defense.errors import UsageError
 
 __all__ = [
     "ENGINES",
+    "Curvature",
     "Energy",
     "EnergyGradient",
     "Engine",
+    "HessianProduct",
     "choose_engine",
     "energy_and_gradient",
     "prepare",
+    "prepare_product",
 ]
 
 ENGINES: dict[str, Engine] = {
-    "convolutional": Engine(supports, ConvGradient.prepare),
+    "convolutional": Engine(supports, ConvGradient.prepare, ConvProduct.prepare),
     "autograd": Engine(
         lambda energy, x, precision: True,
         lambda energy, x, precision: AutogradGradient(energy, precision),
@@ -61,6 +65,17 @@ def prepare(energy: Energy, x: Tensor, precision: str, engine: str = "auto") -> 
     except (RuntimeError, NotImplementedError, AttributeError) as error:
         fell_back(name, _kind(energy), str(error).partition("\n")[0])
         return AutogradGradient(energy, precision)
+
+
+def prepare_product(energy: Energy, x: Tensor, precision: str) -> HessianProduct | None:
+    """Return ∇²U·v for a chain's states such as x, or None where only autograd knows it."""
+    name = choose_engine(energy, x, precision)
+    product = ENGINES[name].product
+    try:
+        return product and product(energy, x, precision)
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        fell_back(f"{name} products", _kind(energy), str(error).partition("\n")[0])
+        return None
 
 
 def _kind(energy: Energy) -> str:

@@ -22,13 +22,34 @@ class EnergyGradient(Protocol):
         ...
 
 
+Curvature = Callable[[Tensor, float], Tensor]
+"""Maps pre-activations `[b, …]` and a slope for x < 0 to the second derivative that a LeakyReLU is
+lent there, in a tensor of its own."""
+
+
+class HessianProduct(Protocol):
+    """∇²U of one energy, made once a chain and called once a step, in any grad mode."""
+
+    def __call__(self, x: Tensor, vector: Tensor, lent: Curvature | None = None) -> Tensor:
+        """Return ∇²U(x)·vector, like the vector `[b, C, H, W]`, for each image.
+
+        Args:
+            x: the states.
+            vector: of their shape and dtype.
+            lent: the curvature of corners; they have none without it.
+        """
+        ...
+
+
 class Engine(NamedTuple):
     """One implementation of ∇U.
 
     Attributes:
         supports: whether it computes this energy at such images in this resolved precision.
         prepare: makes the gradient for chains of such images.
+        product: makes the Hessian-vector product for them, or None if the engine has none.
     """
 
     supports: Callable[[Energy, Tensor, str], bool]
     prepare: Callable[[Energy, Tensor, str], EnergyGradient]
+    product: Callable[[Energy, Tensor, str], HessianProduct] | None = None

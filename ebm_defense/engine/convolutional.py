@@ -75,16 +75,29 @@ class Layer:
     """One convolution and the activation after it."""
 
     def __init__(self, conv: nn.Conv2d, activation: nn.Module, size: int, dtype: torch.dtype):
-        self.shape = c = Convolution(
-            conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0],
-            int(conv.padding[0]), size,
-        )  # fmt: skip
+        c = shape_of(conv, size)
         assert conv.bias is not None
         weight, bias = (t.detach().to(dtype) for t in (conv.weight, conv.bias))
         self.bend = BENDS[type(activation)](activation, weight)
         example = (1, c.fan_in, size, size)
         self.forward = convolution(weight, bias, c.stride, c.padding, example, self.bend.slope)
         self.backward = input_gradient(c, weight)
+
+
+def shape_of(conv: nn.Conv2d, size: int) -> Convolution:
+    """Return the shape of a convolution of maps of this size."""
+    return Convolution(
+        conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0],
+        int(conv.padding[0]), size,
+    )  # fmt: skip
+
+
+def hidden_layers(energy: ConvEnergy) -> Iterator[tuple[nn.Conv2d, nn.Module, int]]:
+    """Yield each convolution but the last, the activation after it, and the size of its input."""
+    size, layers = energy.settings.image_size, list[Any](energy.f)
+    for conv, activation in zip(layers[:-1:2], layers[1::2], strict=True):
+        yield conv, activation, size
+        size = shape_of(conv, size).out
 
 
 def input_gradient(conv: Convolution, weight: Tensor) -> Map:
@@ -119,14 +132,9 @@ class ConvGradient:
     """
 
     def __init__(self, energy: ConvEnergy, dtype: torch.dtype, precision: str = "fp32") -> None:
-        layers: list[Any] = list(energy.f)
-        *hidden, last = layers
         self.dtype, self.precision = dtype, precision
-        self.layers: list[Layer] = []
-        size = energy.settings.image_size
-        for conv, activation in zip(hidden[::2], hidden[1::2], strict=True):
-            self.layers.append(Layer(conv, activation, size, dtype))
-            size = self.layers[-1].shape.out
+        self.layers = [Layer(*layer, dtype) for layer in hidden_layers(energy)]
+        last: Any = energy.f[-1]
         weight = last.weight.detach().to(dtype)
         self.slope = weight.contiguous(memory_format=torch.channels_last)
         self.bias = last.bias.detach()

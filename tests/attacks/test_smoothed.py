@@ -15,8 +15,8 @@ from ebm_defense.attacks.pgd import PGD
 from ebm_defense.attacks.smoothed import Bending
 from ebm_defense.derivatives import hessian_product
 from ebm_defense.energies import SoftLeakyReLU
-from ebm_defense.noise import chain_keys
-from ebm_defense.purifiers import NoPurifier, Purifier
+from ebm_defense.noise import KeyedNoise, chain_keys
+from ebm_defense.purifiers import NoPurifier, Purifier, SteppedPurifier
 
 SLOPE, PIXELS = 0.05, 16
 
@@ -176,6 +176,29 @@ def test_draws_are_independent_of_one_another_and_of_the_chain():
     )
     assert not torch.allclose(one, two, atol=1e-4)
     assert not torch.allclose(two, four, atol=1e-4)
+
+
+class Telling(SteppedPurifier):
+    """Steps whose way back multiplies the cotangent by the state that they started from."""
+
+    chain_steps = 2
+
+    def advance(self, x, noise, steps):
+        return x
+
+    def pull_step(self, cotangent, x, noise, step):
+        return cotangent * (x if step == 0 else 1.0) + 0.0 * F.relu(x)
+
+
+def test_perturbations_are_the_noise_of_the_steps_after_the_chains():
+    gradient = Smoothed(stride=1, perturbation=0.5, draws=3)
+    found, cotangent = pulled(gradient, behind(Telling()))
+    keys = chain_keys(7, "test", range(3), range(2))
+    images = normal(3, 1, 4, 4, seed=1).sigmoid()
+    for r in range(2):
+        noise = KeyedNoise(keys[r])
+        start = images + 0.5 * sum(noise.normal(2 + draw, images) for draw in range(3)) / 3
+        torch.testing.assert_close(found[r], cotangent[r] * start)
 
 
 def test_the_width_may_change_geometrically_along_the_chain():

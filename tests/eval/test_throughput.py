@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ebm_defense import purifiers
 from ebm_defense.energies import ConvEnergy, ConvEnergySettings
+from ebm_defense.engine.product import ConvProduct
 from ebm_defense.eval import throughput
 from ebm_defense.eval.throughput import (
     Passes,
@@ -83,21 +83,19 @@ def test_shares_of_the_roofline_count_the_chain_in_its_precision_and_products_in
 
 def test_the_gradient_takes_a_product_a_stride_in_fp32(activation, monkeypatch):
     products = []
-    honest = purifiers.hessian_product
+    honest = ConvProduct.__call__
 
-    def counted(energy, x, vector):
-        products.append((x.dtype, torch.is_autocast_enabled("cpu"), len(x)))
-        return honest(energy, x, vector)
+    def counted(product, x, vector, lent=None):
+        products.append((product.dtype, len(x)))
+        return honest(product, x, vector, lent)
 
     start = throughput.start_of(TINY[activation], 3, 5, CPU)
     found = throughput.competitors(TINY[activation], start, LIMITS)
     name, stride = GRADIENTS[activation]
-    monkeypatch.setattr(purifiers, "hessian_product", counted)
+    monkeypatch.setattr(ConvProduct, "__call__", counted)
     pulled = found[f"{name}, bf16 chain"].run()
     assert pulled.shape == (1, 3, 1, 8, 8)
-    # One image more, where the smoothed gradient asks whether there is anything to smooth.
-    whole = [p for p in products if p[2] == 3]
-    assert whole == [(torch.float32, False, 3)] * -(-start.chain.steps // stride)
+    assert products == [(torch.float32, 3)] * -(-start.chain.steps // stride)
 
 
 def test_the_published_protocol_costs_what_is_known_of_it():
