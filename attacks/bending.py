@@ -26,8 +26,12 @@ def curvature(x: Tensor, slope: float, e: Tensor) -> Tensor:
 
 def half_widths(x: Tensor, width: float) -> Tensor:
     """Return e `[b, 1, …]`: `width` standard deviations of each image's own x[i] of `[b, …]`."""
-    work = x.detach().flatten(1).to(torch.promote_types(x.dtype, torch.float32))
-    return width * work.std(1, correction=0).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+    flat = x.detach().movedim(1, -1).flatten(1)  # a view of maps in channels_last
+    work = flat.to(torch.promote_types(x.dtype, torch.float32))
+    # torch.std takes twenty times as long on a CPU.
+    spread = torch.linalg.vector_norm(work - work.mean(1, keepdim=True), dim=1)
+    e = spread * (width / math.sqrt(flat.shape[1]))
+    return e.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
 class _Slope(torch.autograd.Function):

@@ -20,8 +20,9 @@ from ebm_defense.engine.base import Curvature, Energy
 from ebm_defense.engine.convolutional import hidden_layers, input_gradient, shape_of
 from ebm_defense.engine.fused import convolution
 
-_CACHED = 2**21
-"""Bytes of a layer's map that a processor's caches hold beside all that is computed with it."""
+_LARGEST_MAP = 2**24
+"""Bytes of a layer's map above which images are taken in turn: more at once hold more memory and
+are no faster."""
 
 
 class Bent(NamedTuple):
@@ -47,12 +48,13 @@ class Corner:
 
     def __init__(self, activation: nn.LeakyReLU, like: Tensor) -> None:
         self.slope = activation.negative_slope
-        self.low, self.one = like.new_full((), self.slope), like.new_ones(())
+        self.one = like.new_ones(())
 
     def __call__(self, z: Tensor, dz: Tensor, lent: Curvature | None) -> Bent:
         """Activate pre-activations z and their derivative dz, which are written over."""
         bend = None if lent is None else lent(z, self.slope).mul_(dz)
-        slope = torch.where(z > 0, self.one, self.low)
+        # Ten times as fast as torch.where on a CPU.
+        slope = torch.ops.aten.leaky_relu_backward(self.one.expand_as(z), z, self.slope, False)
         return Bent(F.leaky_relu_(z, self.slope), dz.mul_(slope), slope, bend)
 
 
@@ -111,7 +113,7 @@ class ConvProduct:
         last: Any = energy.f[-1]
         self.slope = last.weight.detach().to(self.dtype)
         largest = max(layer.numbers for layer in self.layers) * self.dtype.itemsize
-        self.at_once = max(1, _CACHED // largest)
+        self.at_once = max(1, _LARGEST_MAP // largest)
 
     @classmethod
     @torch.no_grad()
@@ -124,9 +126,8 @@ class ConvProduct:
     def __call__(self, x: Tensor, vector: Tensor, lent: Curvature | None = None) -> Tensor:
         if lent is None and not any(layer.activation.curved for layer in self.layers):
             return torch.zeros_like(vector)
-        # Images are independent, and what a few of them need stays in a processor's caches.
-        count = self.at_once if x.device.type == "cpu" else len(x)
-        pairs = zip(x.split(count), vector.split(count), strict=True)
+        parts = -(-len(x) // self.at_once) if x.device.type == "cpu" else 1
+        pairs = zip(x.tensor_split(parts), vector.tensor_split(parts), strict=True)
         with arithmetic("fp32", x.device):
             return torch.cat([self._product(*pair, lent).to(x.dtype) for pair in pairs])
 
