@@ -60,6 +60,13 @@ def test_a_folder_of_another_run_is_never_overwritten(run, tiny_defense, tmp_pat
     assert (out / "records.csv").read_bytes() == before
 
 
+@pytest.fixture
+def briefly_timed(monkeypatch) -> None:
+    """Forecasts that are as true of their counts and less of their times."""
+    monkeypatch.setattr("ebm_defense.eval.forecast.TIMED_SECONDS", 0.01)
+
+
+@pytest.mark.usefixtures("briefly_timed")
 def test_dry_run_prints_the_cost_and_writes_nothing(run, tiny_defense, tmp_path) -> None:
     out = tmp_path / "run"
     status, printed, _ = run(*small(tiny_defense, out, "--dry-run"))
@@ -72,6 +79,7 @@ def test_dry_run_prints_the_cost_and_writes_nothing(run, tiny_defense, tmp_path)
     assert not out.exists()
 
 
+@pytest.mark.usefixtures("briefly_timed")
 def test_a_dry_run_promises_no_number_that_a_library_decides(run, tiny_defense) -> None:
     numbers = ("--images", 6, "--replicates", 2, "--judge-replicates", 3, "--dry-run")
     words = ("evaluate", "--defense", tiny_defense, "--data", "digits", *numbers, "--attack")
