@@ -84,3 +84,14 @@ def test_a_mistake_prints_one_sentence_and_no_traceback(tmp_path: Path) -> None:
 
 def test_version(run) -> None:
     assert run("--version")[1].strip().count(".") == 2
+
+
+def test_a_reader_that_goes_away_makes_no_traceback() -> None:
+    words = [sys.executable, "-m", "ebm_defense.commands.main", "--help"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        run.stdout.close()
+        said = run.stderr.read()
+    assert said == ""
+    assert run.returncode == 141
