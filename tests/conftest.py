@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ebm_defense import LangevinPurifier, PurifiedClassifier, Purifier, load_data, load_defense
 from ebm_defense.classifiers import WideResNet, WideResNetSettings, normalized
@@ -14,6 +15,8 @@ from ebm_defense.energies import ConvEnergy, ConvEnergySettings
 # Time limits would fail on a busy machine, and random examples would fail now and then.
 settings.register_profile("ebm-defense", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ebm-defense"))
+# Its monitor is a thread that now and then holds a lock; a process forked then waits for ever.
+tqdm.monitor_interval = 0
 
 
 class TwoClass(nn.Module):

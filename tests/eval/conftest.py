@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -30,8 +31,9 @@ class Children:
 
     def start(self, work: Callable[[], object]) -> int:
         """Begin some work in a child; its exit status is 0 if nothing was raised."""
+        assert threading.active_count() == 1, "what a thread locks stays locked in a child"
         with warnings.catch_warnings():
-            # Python warns of threads that the child does not have; it asks for none.
+            # Python warns of OpenMP's threads, which the child does not have; it asks for none.
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if pid:
