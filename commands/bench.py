@@ -11,16 +11,9 @@ import torch
 
 from ebm_defense.commands.parts import Device, resolve_device
 from ebm_defense.errors import UsageError
+from ebm_defense.eval.projection import Passes, PublishedCost, measure_passes
 from ebm_defense.eval.records import environment
-from ebm_defense.eval.throughput import (
-    PUBLISHED,
-    Cell,
-    Passes,
-    PublishedCost,
-    measure,
-    measure_passes,
-    precisions_here,
-)
+from ebm_defense.eval.throughput import PUBLISHED, Cell, measure, precisions_here
 from ebm_defense.files import atomic, writable_folder, write_text
 from ebm_defense.roofline import LAYOUTS, Ceilings, measure_ceilings
 from ebm_defense.timing import CLOCKS

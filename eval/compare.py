@@ -320,10 +320,10 @@ def compare(
 def _columns(reports: Sequence[Report], sweep: bool) -> list[Column]:
     found: dict[object, Column] = {}
     for row, report in enumerate(reports):
+        name = None if sweep else report.name
         for number, column in enumerate(_measured(row, report, sweep)):
             key = number if sweep else column.alike
-            whose = AS_ROWS if sweep else f"for {report.name}, "
-            found[key] = _join(found[key], column, whose) if key in found else column
+            found[key] = _join(found[key], column, name) if key in found else column
     columns = sorted(found.values(), key=lambda c: c.title == WORST_OF_ALL)
     titles = [column.title for column in columns]
     marks = iter(range(1, len(titles) + 1))
@@ -333,13 +333,12 @@ def _columns(reports: Sequence[Report], sweep: bool) -> list[Column]:
     ]
 
 
-def _join(first: Column, second: Column, whose: str) -> Column:
+def _join(first: Column, second: Column, name: str | None) -> Column:
     note, judged = first.note, first.judged
     if second.note not in note:
-        # The points of a sweep differ in what their names say; other runs say it here.
-        note = (
-            whose + note.removeprefix(whose) if whose == AS_ROWS else f"{note} {whose}{second.note}"
-        )
+        # The points of a sweep differ in what their names say; a run of a name says it here.
+        as_rows = AS_ROWS + note.removeprefix(AS_ROWS)
+        note = as_rows if name is None else f"{note} for {name}, {second.note}"
     if judged != second.judged:
         judged = "Judged as each row says."
     return replace(first, note=note, judged=judged, sources=first.sources | second.sources)

@@ -23,12 +23,12 @@ from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.folder import Done, RunFolder, Shelf
 from ebm_defense.eval.probe import probe
-from ebm_defense.eval.records import purifier_settings
+from ebm_defense.eval.records import judge_settings
 from ebm_defense.eval.statistics import CONFIDENCE, share
 from ebm_defense.eval.verdict import Stream, draw_logits
 from ebm_defense.eval.wording import describe_defense
 from ebm_defense.files import write_text
-from ebm_defense.fingerprint import digest, fingerprint
+from ebm_defense.fingerprint import digest
 
 CLEAN = "none"
 BATCH = 64
@@ -159,12 +159,7 @@ def evaluate_corruptions(
         "corruptions": names,
         "severities": list(severities),
         "source": source,
-        "defense": {
-            "average": defense.average,
-            "weights": fingerprint(defense),
-            "purifier": purifier_settings(defense, images),
-            "verdicts": defense.resolved_verdict_precision(images),
-        },
+        "defense": judge_settings(defense, images),
         "data": {"images": len(images), "sha256": digest([images, labels])},
     }
     cells = [(name, severity) for name in names for severity in severities]

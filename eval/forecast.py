@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ebm_defense.derivatives import vjp
 from ebm_defense.eval.probe import probe
 from ebm_defense.eval.runner import SHARD, Job, planned_steps, shards_at_once
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers import Purifier, SteppedPurifier
+from ebm_defense.timing import alternate
 
 TIMED_SECONDS = 2.0
 TIMED_STEPS = 5
@@ -67,9 +68,16 @@ def chain_steps_per_second(job: Job, chains: int) -> float:
     purifier = job.defense.purifier
     cut = isinstance(purifier, SteppedPurifier)
     few = min(TIMED_STEPS, purifier.chain_steps) if cut else purifier.chain_steps
-    chain = seconds(lambda: _first_steps(purifier, images, few))
-    look = seconds(lambda: _both_ways(job.defense.classifier, images))
-    return chains / (chain / few + look / purifier.chain_steps)
+    one, classifier = images.new_ones(()), job.defense.classifier
+    t = alternate(
+        {
+            "chain": lambda: _first_steps(purifier, images, few),
+            "look": lambda: vjp(lambda x: classifier(x).sum(), images, one),
+        },
+        TIMED_SECONDS,
+        images.device,
+    )
+    return chains / (t["chain"] / few + t["look"] / purifier.chain_steps)
 
 
 def _first_steps(purifier: Purifier, images: Tensor, few: int) -> None:
@@ -81,20 +89,3 @@ def _first_steps(purifier: Purifier, images: Tensor, few: int) -> None:
             purifier.advance(purifier.enter(images), noise, range(few))
         else:
             purifier.purify(images, noise)
-
-
-def _both_ways(classifier: Callable[[Tensor], Tensor], images: Tensor) -> None:
-    x = images.detach().requires_grad_(True)
-    total = classifier(x).sum()
-    if total.requires_grad:
-        torch.autograd.grad(total, x)
-
-
-def seconds(work: Callable[[], None]) -> float:
-    """Return what `work` takes, after a first time that is not counted."""
-    work()
-    begun, times = time.perf_counter(), 0
-    while time.perf_counter() - begun < TIMED_SECONDS or not times:
-        work()
-        times += 1
-    return (time.perf_counter() - begun) / times

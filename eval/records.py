@@ -31,14 +31,18 @@ def settings_of(
     return {
         "seed": seed,
         "protocol": describe(protocol),
-        "defense": {
-            "replicates": defense.replicates,
-            "average": defense.average,
-            "weights": fingerprint(defense),
-            "purifier": purifier_settings(defense, images),
-            "verdicts": defense.resolved_verdict_precision(images),
-        },
+        "defense": {"replicates": defense.replicates, **judge_settings(defense, images)},
         "data": {"images": len(images), "sha256": digest([images, labels])},
+    }
+
+
+def judge_settings(defense: PurifiedClassifier, images: Tensor) -> dict[str, Any]:
+    """Return all of a defense that verdicts on these images depend on, but the draws."""
+    return {
+        "average": defense.average,
+        "weights": fingerprint(defense),
+        "purifier": purifier_settings(defense, images),
+        "verdicts": defense.resolved_verdict_precision(images),
     }
 
 

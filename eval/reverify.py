@@ -20,13 +20,12 @@ from ebm_defense.errors import UsageError
 from ebm_defense.eval.memory import chains_restored
 from ebm_defense.eval.paired import mcnemar
 from ebm_defense.eval.probe import probe
-from ebm_defense.eval.records import purifier_settings
+from ebm_defense.eval.records import judge_settings
 from ebm_defense.eval.report import Report, attack_title
 from ebm_defense.eval.runner import SHARD, attack_column
 from ebm_defense.eval.statistics import Share, share
 from ebm_defense.eval.verdict import Stream, draw_logits
 from ebm_defense.files import write_text
-from ebm_defense.fingerprint import fingerprint
 from ebm_defense.noise import derive_seed
 
 NAME = re.compile(r"verification-(\d+)\.toml")
@@ -142,15 +141,13 @@ def reverify(
         records[f"{name}: before"] = before.astype(int).to_numpy()
         records[f"{name}: after"] = right.int().tolist()
         records[f"{name}: votes"] = votes.tolist()
-    same = fingerprint(defense) == report.settings["defense"]["weights"]
+    judge = judge_settings(defense, report.originals.to(device))
+    same = judge["weights"] == report.settings["defense"]["weights"]
     settings = {
         "seed": seed,
         "replicates": draws,
         "judge": "the same weights" if same else "another defense",
-        "weights": fingerprint(defense),
-        "average": defense.average,
-        "purifier": purifier_settings(defense, report.originals),
-        "verdicts": defense.resolved_verdict_precision(report.originals.to(device)),
+        **judge,
     }
     return Verification(settings=settings, records=records, attacks=_titles(report))
 

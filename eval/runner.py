@@ -161,7 +161,8 @@ def _run_shards(job: Job, todo: Sequence[int], shelf: Shelf | RunFolder, show: b
     meter = Meter(total=each * sum(map(len, parts)), show=show)
     try:
         while parts:
-            batch, parts = parts[: shards_at_once(job)], parts[shards_at_once(job) :]
+            count = shards_at_once(job)
+            batch, parts = parts[:count], parts[count:]
             done = fitting(partial(_counted, job, [i for ids in batch for i in ids], meter))
             for ids, shard in zip(batch, split(done, [len(ids) for ids in batch]), strict=True):
                 shelf.save(ids.start, shard)
