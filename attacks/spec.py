@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from ebm_defense.errors import UsageError
 
 T = TypeVar("T")
+PART = re.compile(r"[a-z][a-z0-9-]*\(.*\)", re.DOTALL)
 
 
 class Spec(NamedTuple):
@@ -21,7 +23,9 @@ class Spec(NamedTuple):
 
 
 def parse(text: str) -> Spec:
-    """Parse `name(parameter=value, …)`, where values are Python literals and nothing else.
+    """Parse `name(parameter=value, …)`.
+
+    A value is a Python literal or, as text, another `name(parameter=value, …)`: nothing is run.
 
     Raises:
         UsageError: another form.
@@ -41,20 +45,30 @@ def parameters(text: str, source: str) -> dict[str, Any]:
         text: the parameters, without brackets.
         source: what a mistake is said to be in.
     """
+    line = f"f({text})"
     try:
-        call = ast.parse(f"f({text})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or not _named(call):
+        call = ast.parse(line, mode="eval").body
+        if not isinstance(call, ast.Call) or not _plain(call):
             raise ValueError
-        return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        return {str(k.arg): _value(k.value, line) for k in call.keywords}
     except (SyntaxError, ValueError) as error:
         raise UsageError(
             f"{source!r} must have the form name(parameter=value, …) with plain values: numbers, "
-            "quoted strings, True, False, None, or lists of them."
+            "quoted strings, True, False, None, lists of them, or another name(parameter=value, …)."
         ) from error
 
 
-def _named(call: ast.Call) -> bool:
-    return all(keyword.arg is not None for keyword in call.keywords)
+def _plain(call: ast.Call) -> bool:
+    named = all(keyword.arg is not None for keyword in call.keywords)
+    return isinstance(call.func, ast.Name) and not call.args and named
+
+
+def _value(node: ast.expr, line: str) -> Any:
+    part = ast.get_source_segment(line, node) or ""
+    if not PART.fullmatch(part):
+        return ast.literal_eval(node)
+    parse(part)
+    return part
 
 
 def write(values: Mapping[str, Any], source: str) -> str:
@@ -63,9 +77,15 @@ def write(values: Mapping[str, Any], source: str) -> str:
     Raises:
         UsageError: a value that is no literal.
     """
-    text = ", ".join(f"{name}={value!r}" for name, value in sorted(values.items()))
-    parameters(text, f"{source}({text})")
-    return text
+    for name, value in values.items():
+        try:
+            ast.literal_eval(repr(value))
+        except (SyntaxError, ValueError) as error:
+            raise UsageError(
+                f"{name} of {source} must be a plain value: a number, a string, True, False, None, "
+                f"or a list of them, not {value!r}."
+            ) from error
+    return ", ".join(f"{name}={value!r}" for name, value in sorted(values.items()))
 
 
 def lookup(registry: Mapping[str, T], name: str, what: str) -> T:

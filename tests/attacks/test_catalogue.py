@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from ebm_defense import UsageError
-from ebm_defense.attacks import ATTACKS, PGD, ThreatModel, Transfer, make_attack, spec
+from ebm_defense.attacks import (
+    ATTACKS,
+    PGD,
+    ScoreFree,
+    Surrogate,
+    ThreatModel,
+    Transfer,
+    make_attack,
+    spec,
+)
 from ebm_defense.attacks.catalogue import FAMILIES, Entry, members, takes
 from ebm_defense.attacks.losses import CrossEntropy
 from ebm_defense.attacks.threat import NORMS
@@ -104,6 +113,11 @@ def test_transfer_is_named_by_its_source(tiny_defense) -> None:
         ("pgd(3)", {}, "name\\(parameter=value"),
         ("pgd(**{'steps': 3})", {}, "name\\(parameter=value"),
         ("pgd(steps=3).name", {}, "does not close"),
+        ("pgd(steps=3).f()", {}, "name\\(parameter=value"),
+        ("pgd(gradient=full(3))", {}, "name\\(parameter=value"),
+        ("pgd(gradient=full().f())", {}, "name\\(parameter=value"),
+        ("pgd(gradient=full(depth=3))", {}, "gradient full takes no 'depth'"),
+        ("square(rescale=false)", {}, "plain values"),
         ("pgd(steps=3), f(x=2)", {}, "name\\(parameter=value"),
         ("pgd(steps=3", {}, "does not close"),
         ("advgan:/nowhere", {}, "holds no advgan.toml"),
@@ -123,3 +137,15 @@ def test_every_family_has_a_line() -> None:
 def test_specs_are_written_as_they_are_read() -> None:
     values = {"steps": 3, "loss": "it's", "sizes": [1, 2.5, None], "flag": True}
     assert spec.parameters(spec.write(values, "x"), "x") == values
+
+
+def test_parts_stand_within_parts_without_quotes() -> None:
+    through = "surrogate(steps=5, through=score-free(samples=3))"
+    attack = make_attack(f"pgd(gradient={through}, loss=dlr(average='logits'))", threat=LINF)
+    quoted = make_attack(
+        """pgd(gradient="surrogate(steps=5, through='score-free(samples=3)')", loss='dlr')""",
+        threat=LINF,
+    )
+    assert attack == quoted
+    assert isinstance(attack, PGD)
+    assert attack.gradient == Surrogate(steps=5, through=ScoreFree(samples=3))

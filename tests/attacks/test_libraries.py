@@ -299,7 +299,7 @@ def test_classes_are_counted_for_the_library(two_class, images) -> None:
         (FoolboxAttack, "GenAttack", LINF, {}, "target class"),
         (FoolboxAttack, "VirtualAdversarialAttack", L2, {}, "needs its steps"),
         (FoolboxAttack, "LinfPGD", LINF, {"stepz": 3}, "takes no 'stepz'; it takes abs_stepsize"),
-        (FoolboxAttack, "LinfPGD", LINF, {"steps": nn.Identity()}, "plain values"),
+        (FoolboxAttack, "LinfPGD", LINF, {"steps": nn.Identity()}, "a plain value"),
         (TorchattacksAttack, "LGV", LINF, {}, "trains copies"),
         (TorchattacksAttack, "CW", LINF, {}, "moves in L2"),
         (TorchattacksAttack, "PGD", LINF, {"model": 3}, "takes no 'model'"),
