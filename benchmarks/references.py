@@ -1,13 +1,15 @@
 """Set our attacks beside torchattacks' on the undefended shipped classifier, at equal budgets.
 
-Both sides get the same images, norm, eps, steps, targets and restarts, and start at random in the
-ball (Square: at stripes in Linf, at bumps in L2). An image counts as broken where any iterate of an
+Both sides get the same images, norm, eps, steps, targets, restarts and, where there is a random one
+that both can take (untargeted APGD), the same start. PGD starts at the image, Square at stripes in
+Linf and at bumps in L2, targeted APGD at random. An image counts as broken where any iterate of an
 ascent was wrong, on both sides, and for PGD where the last one is. torchattacks' Square stretches
 its schedule to the budget, so ours is told to. Images that the classifier gets wrong as they are
-count as broken. Prints a Markdown table of robust accuracies:
+count as broken. Prints a Markdown table of robust accuracies, with the images that one side alone
+breaks and McNemar's exact p-value:
 
     python benchmarks/references.py --images 1000
-    python benchmarks/references.py --norm L2 --eps 0.5
+    python benchmarks/references.py --norm L2 --eps 0.5 --seed 1
 
 Without options it runs 200 validation images.
 """
@@ -16,9 +18,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pandas as pd
 import torch
@@ -36,8 +40,13 @@ from ebm_defense.attacks import (
     TargetedAPGD,
     ThreatModel,
 )
+from ebm_defense.attacks.base import lenient
+from ebm_defense.data import Images
+from ebm_defense.defense import as_defense
+from ebm_defense.eval.paired import mcnemar
 
 CLASSES = 10
+BATCH = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,28 +79,40 @@ class Budget:
 
 
 class Pair(NamedTuple):
-    """One attack on both sides: ours, and torchattacks' name and settings for it."""
+    """One attack on both sides.
+
+    Attributes:
+        ours: it.
+        theirs: torchattacks' name for it.
+        settings: torchattacks' settings for it.
+        shared: whether torchattacks starts where ours does.
+    """
 
     ours: Callable[[Budget], Attack]
     theirs: Callable[[Budget], str]
     settings: Callable[[Budget], dict[str, Any]]
+    shared: bool = False
 
 
 PAIRS = {
     "PGD": Pair(
-        lambda b: PGD(threat=b.threat, steps=b.steps, step_size=b.eps / 4, replicates=1),
+        lambda b: PGD(
+            threat=b.threat, steps=b.steps, step_size=b.eps / 4, replicates=1, random_start=False
+        ),
         lambda b: {"Linf": "PGD", "L2": "PGDL2"}[b.norm],
-        lambda b: {"eps": b.eps, "alpha": b.eps / 4, "steps": b.steps},
+        lambda b: {"eps": b.eps, "alpha": b.eps / 4, "steps": b.steps, "random_start": False},
     ),
     "APGD-CE": Pair(
         lambda b: APGD(threat=b.threat, steps=b.steps),
         lambda b: "APGD",
         lambda b: b.ball | {"steps": b.steps, "loss": "ce"},
+        shared=True,
     ),
     "APGD-DLR": Pair(
         lambda b: APGD(threat=b.threat, steps=b.steps, loss=DLR()),
         lambda b: "APGD",
         lambda b: b.ball | {"steps": b.steps, "loss": "dlr"},
+        shared=True,
     ),
     "APGD-T": Pair(
         lambda b: TargetedAPGD(threat=b.threat, steps=b.steps, targets=CLASSES - 1),
@@ -106,54 +127,90 @@ PAIRS = {
 }
 
 
-def ours(attack: Attack, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
-    """Return our attack's images; what it hands back is wrong if any iterate it may keep was."""
-    found = [
-        attack(model, x, y, seed=seed + part)  # type: ignore[operator]
-        for part, (x, y) in enumerate(zip(images.split(100), labels.split(100), strict=True))
-    ]
-    return torch.cat(found)
+class Found(NamedTuple):
+    """What one side found of a batch, where it started, and how long it took."""
+
+    images: Tensor
+    start: Tensor
+    seconds: float
 
 
-def theirs(pair: Pair, model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
-    """Return torchattacks' images."""
+def ours(attack: Attack, model: nn.Module, batch: Images, seed: int) -> Found:
+    """Attack a batch with ours: what it returns is wrong if any iterate it may keep was."""
+    begun, starts = time.perf_counter(), []
+
+    def judge(proposal: Any) -> Tensor:
+        starts.append(proposal.images)
+        return lenient(proposal)
+
+    ids, defense = range(len(batch.labels)), as_defense(model)
+    found = attack.run(defense, *batch, ids=ids, seed=seed, judge=judge)
+    return Found(found, starts[0], time.perf_counter() - begun)
+
+
+def theirs(
+    pair: Pair, model: nn.Module, batch: Images, budget: Budget, start: Tensor | None
+) -> Found:
+    """Attack a batch with torchattacks, from a start of its own if none is given."""
     torchvision("datasets")  # torchattacks imports it, and it does not load everywhere by itself
     import torchattacks
 
-    with torch.random.fork_rng():
+    begun = time.perf_counter()
+    with torch.random.fork_rng(), drawn(start, batch.images, budget):
         torch.manual_seed(budget.seed)
         attack = getattr(torchattacks, pair.theirs(budget))(model, **pair.settings(budget))
-        found: Tensor = attack(images, labels).detach()
-    return found
+        found: Tensor = attack(*batch).detach()
+    return Found(found, batch.images, time.perf_counter() - begun)
 
 
-def robust(
-    model: nn.Module, images: Tensor, labels: Tensor, originals: Tensor, threat: ThreatModel
-) -> float:
-    """Return the percentage of images still right, within the threat model."""
-    images = threat.project(images, originals)
-    with torch.no_grad():
-        return 100.0 * float((model(images).argmax(1) == labels).float().mean())
+@contextmanager
+def drawn(start: Tensor | None, originals: Tensor, budget: Budget) -> Iterator[None]:
+    """Draw what leads torchattacks' APGD to a start.
+
+    It goes eps along t: in Linf 2·rand − 1, scaled to max |t| = 1, in L2 randn, scaled to norm 1.
+    """
+    if start is None:
+        yield
+        return
+    way = (start - originals) / budget.eps
+    name, value = ("rand", (way + 1.0) / 2.0) if budget.norm == "Linf" else ("randn", way)
+    with mock.patch.object(torch, name, return_value=value):
+        yield
 
 
-def compare(name: str, pair: Pair, model: nn.Module, data: Any, budget: Budget) -> dict[str, Any]:
+@torch.no_grad()
+def stands(model: nn.Module, found: Tensor, batch: Images, threat: ThreatModel) -> Tensor:
+    """Tell which images are still right, within the threat model."""
+    right: Tensor = model(threat.project(found, batch.images)).argmax(1) == batch.labels
+    return right
+
+
+def compare(
+    name: str, pair: Pair, model: nn.Module, data: Images, budget: Budget
+) -> dict[str, str]:
     """Run one attack on both sides, on the images that are right as they are."""
-    with torch.no_grad():
-        right = model(data.images).argmax(1) == data.labels
-    images, labels, share = data.images[right], data.labels[right], float(right.float().mean())
-    begun = time.perf_counter()
-    mine = ours(pair.ours(budget), model, images, labels, budget.seed)
-    turned = time.perf_counter()
-    other = theirs(pair, model, images, labels, budget)
-    ended = time.perf_counter()
-    a, b = (share * robust(model, x, labels, images, budget.threat) for x in (mine, other))
+    clean = stands(model, data.images, data, budget.threat)
+    sides: tuple[list[Tensor], list[Tensor]] = [], []
+    seconds = [0.0, 0.0]
+    parts = zip(data.images[clean].split(BATCH), data.labels[clean].split(BATCH), strict=True)
+    for number, batch in enumerate(Images(*part) for part in parts):
+        mine = ours(pair.ours(budget), model, batch, budget.seed + number)
+        other = theirs(pair, model, batch, budget, mine.start if pair.shared else None)
+        for side, found in enumerate((mine, other)):
+            sides[side].append(stands(model, found.images, batch, budget.threat))
+            seconds[side] += found.seconds
+    one, two = (torch.cat(side) for side in sides)
+    a, b = (100.0 * float(side.sum()) / len(clean) for side in (one, two))
     return {
         "attack": name,
         "ours (%)": f"{a:.1f}",
         "torchattacks (%)": f"{b:.1f}",
         "difference": f"{a - b:+.1f}",
-        "ours (s)": f"{turned - begun:.0f}",
-        "torchattacks (s)": f"{ended - turned:.0f}",
+        "ours alone": str(int((two & ~one).sum())),
+        "torchattacks alone": str(int((one & ~two).sum())),
+        "p": f"{mcnemar(one, two):.2f}",
+        "ours (s)": f"{seconds[0]:.0f}",
+        "torchattacks (s)": f"{seconds[1]:.0f}",
     }
 
 
