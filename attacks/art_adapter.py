@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ebm_defense._torchvision import torchvision
 from ebm_defense.attacks import spec
-from ebm_defense.attacks.library import ANY, Calls, LibraryAttack, classes_count, not_installed
+from ebm_defense.attacks.library import EVERY, Calls, LibraryAttack, classes_count, not_installed
 from ebm_defense.defense import PurifiedClassifier
 
 # ART does not say in which norm a class moves unless it takes one.
@@ -36,6 +36,8 @@ NORMS = {
     "VirtualAdversarialMethod": "L2",
     "ZooAttack": "L2",
 }
+SOME = {"HopSkipJump": ("Linf", "L2"), "SquareAttack": ("Linf", "L2")}
+"""Those that take a norm, but not every one; in L1 ART's Square changes nothing."""
 WANT_PROBABILITIES = ("SimBA", "VirtualAdversarialMethod")
 ORDERS = {"Linf": math.inf, "L2": 2, "L1": 1}
 PATCH = "it makes a patch, which no norm bounds"
@@ -99,10 +101,13 @@ class ArtAttack(LibraryAttack):
         return {n: c for n, c in found.items() if inspect.isclass(c) and issubclass(c, base)}
 
     @classmethod
-    def norm_of(cls, attack: type) -> str | None:
+    def norms_of(cls, attack: type) -> tuple[str, ...]:
         if not _attacks_classifiers(attack):
-            return None
-        return ANY if "norm" in spec.settings_of(attack) else NORMS.get(attack.__name__)
+            return ()
+        name = attack.__name__
+        if "norm" in spec.settings_of(attack):
+            return SOME.get(name, EVERY)
+        return (NORMS[name],) if name in NORMS else ()
 
     def perturb(
         self, model: PurifiedClassifier, images: Tensor, labels: Tensor, seed: int

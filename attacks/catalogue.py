@@ -15,7 +15,7 @@ from ebm_defense.attacks.base import Attack
 from ebm_defense.attacks.diffhammer import DiffHammer
 from ebm_defense.attacks.foolbox_adapter import FoolboxAttack
 from ebm_defense.attacks.gradient_names import GRADIENTS
-from ebm_defense.attacks.library import ANY, LibraryAttack
+from ebm_defense.attacks.library import LibraryAttack
 from ebm_defense.attacks.losses import LOSSES, CrossEntropy, Loss
 from ebm_defense.attacks.pgd import PGD
 from ebm_defense.attacks.spsa import SPSA
@@ -176,6 +176,6 @@ def members() -> Iterator[tuple[str, str]]:
             yield f"{kind.library}:…", str(error)
             continue
         for name, attack in classes.items():
-            norm = None if name in kind.refused else kind.norm_of(attack)
-            if norm == ANY or norm in NORMS:
-                yield f"{kind.library}:{name}", " ".join(NORMS) if norm == ANY else norm
+            norms = () if name in kind.refused else kind.norms_of(attack)
+            if any(norm in NORMS for norm in norms):
+                yield f"{kind.library}:{name}", " ".join(norms)

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from ebm_defense._torchvision import torchvision
 from ebm_defense.attacks import spec
-from ebm_defense.attacks.library import ANY, Calls, LibraryAttack, not_installed
+from ebm_defense.attacks.library import EVERY, Calls, LibraryAttack, not_installed
 from ebm_defense.defense import PurifiedClassifier
 
 NORMS = {0: "L0", 1: "L1", 2: "L2", float("inf"): "Linf"}
+SOME = {"HopSkipJumpAttack": ("Linf", "L2")}
+"""Those that are told a norm, but do not take every one."""
 DISTANCES = {"L1": "l1", "L2": "l2", "Linf": "linf"}
 
 
@@ -69,14 +71,14 @@ class FoolboxAttack(LibraryAttack):
         return {n: c for n, c in kinds.items() if not inspect.isabstract(c)}
 
     @classmethod
-    def norm_of(cls, attack: type) -> str | None:
+    def norms_of(cls, attack: type) -> tuple[str, ...]:
         if spec.settings_of(attack) & cls.filled:
-            return ANY
+            return SOME.get(attack.__name__, EVERY)
         distance = getattr(attack, "distance", None)
         if isinstance(distance, property):
             assert distance.fget is not None
             distance = distance.fget(attack)
-        return None if distance is None else NORMS[distance.p]
+        return () if distance is None else (NORMS[distance.p],)
 
     def perturb(
         self, model: PurifiedClassifier, images: Tensor, labels: Tensor, seed: int

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ebm_defense.attacks import spec
 from ebm_defense.attacks.final import Crafted, FinalImages, check_replicates
-from ebm_defense.attacks.threat import ThreatModel
+from ebm_defense.attacks.threat import NORMS, ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import derive_seed
@@ -28,8 +28,8 @@ from ebm_defense.noise import derive_seed
 Calls = Callable[[SimpleNamespace], int]
 """An attack class's parameters to how often it asks the model of an image that stands."""
 
-ANY = "any"
-"""The norm of an attack that can be told its norm, or that has none of its own."""
+EVERY = tuple(NORMS)
+"""The norms of an attack that can be told any, or that has none of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +89,8 @@ class LibraryAttack(FinalImages):
 
     @classmethod
     @abstractmethod
-    def norm_of(cls, attack: type) -> str | None:
-        """Return the norm that a class moves in, `ANY`, or None where no norm bounds it."""
+    def norms_of(cls, attack: type) -> tuple[str, ...]:
+        """Return the norms that a class can move in: none where no norm bounds it."""
 
     @abstractmethod
     def perturb(
@@ -229,10 +229,11 @@ def _check_class(kind: type[LibraryAttack], attack: str, norm: str) -> None:
     package = kind.needs.get(attack)
     if package is not None and importlib.util.find_spec(package) is None:
         raise UsageError(f"{title} needs the package {package}; pip install {package}.")
-    moves = kind.norm_of(classes[attack])
-    if moves is None:
+    norms = kind.norms_of(classes[attack])
+    if not norms:
         raise UsageError(f"{title} cannot be used here: no norm bounds what it changes.")
-    if moves not in (ANY, norm):
+    if norm not in norms:
+        moves = " or ".join(norms)
         raise UsageError(f"{title} moves in {moves}, not in {norm}; give a threat in {moves}.")
 
 

@@ -15,23 +15,23 @@ from torch import Tensor
 
 from ebm_defense._torchvision import torchvision
 from ebm_defense.attacks import spec
-from ebm_defense.attacks.library import ANY, Calls, LibraryAttack, classes_count, not_installed
+from ebm_defense.attacks.library import EVERY, Calls, LibraryAttack, classes_count, not_installed
 from ebm_defense.defense import PurifiedClassifier
 
 # torchattacks does not say in which norm a class moves.
-NORMS: dict[str, str | None] = {
-    "CW": "L2",
-    "DeepFool": "L2",
-    "EADEN": "L1",
-    "EADL1": "L1",
-    "GN": ANY,
-    "JSMA": "L0",
-    "OnePixel": "L0",
-    "PGDL2": "L2",
-    "PGDRSL2": "L2",
-    "Pixle": "L0",
-    "SparseFool": "L1",
-    "VANILA": ANY,
+NORMS: dict[str, tuple[str, ...]] = {
+    "CW": ("L2",),
+    "DeepFool": ("L2",),
+    "EADEN": ("L1",),
+    "EADL1": ("L1",),
+    "GN": EVERY,
+    "JSMA": ("L0",),
+    "OnePixel": ("L0",),
+    "PGDL2": ("L2",),
+    "PGDRSL2": ("L2",),
+    "Pixle": ("L0",),
+    "SparseFool": ("L1",),
+    "VANILA": EVERY,
 }
 
 
@@ -73,10 +73,10 @@ class TorchattacksAttack(LibraryAttack):
         return {n: c for n, c in found.items() if inspect.isclass(c) and issubclass(c, base)}
 
     @classmethod
-    def norm_of(cls, attack: type) -> str | None:
+    def norms_of(cls, attack: type) -> tuple[str, ...]:
         if "norm" in spec.settings_of(attack):
-            return ANY
-        return NORMS.get(attack.__name__, "Linf")
+            return ("Linf", "L2")  # it asserts so
+        return NORMS.get(attack.__name__, ("Linf",))
 
     def perturb(
         self, model: PurifiedClassifier, images: Tensor, labels: Tensor, seed: int

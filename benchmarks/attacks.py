@@ -2,7 +2,8 @@
 
     python benchmarks/attacks.py                      # more than an hour on one CPU core
     python benchmarks/attacks.py --defense fashion-mnist-smooth --gradients full surrogate
-    python benchmarks/attacks.py --only pgd square --images 8 16 32 --split val
+    python benchmarks/attacks.py --only pgd square --images 32 16 8 --split val
+    python benchmarks/attacks.py --also advgan:runs/advgan "pgd(steps=100, replicates=16)"
 
 Each attack is a run of its own, judged on the same number of fresh draws, so a run cut short goes
 on where it stopped. The dearer an attack, the fewer images it gets: always the first ones of the
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,6 +82,7 @@ def contests(given: argparse.Namespace) -> list[Contest]:
         ),
         Contest("square(steps=500, replicates=4, rescale=True)", "dear"),
         Contest("spsa(steps=20, gradient=score-free(samples=64))", "dear"),
+        *(Contest(also, "gradient") for also in given.also),
     ]
 
 
@@ -93,7 +96,7 @@ def measure(
 ) -> Outcome:
     """Run one attack, or read it from its finished shards."""
     attack = make_attack(contest.spec, threat=ThreatModel(eps=dataset(given.data).eps))
-    name = re.sub(r"[^a-z0-9.]+", "-", contest.spec).strip("-")
+    name = re.sub(r"[^\w.]+", "-", contest.spec).strip("-")
     report: Report = evaluate(
         defense,
         *data,
@@ -152,6 +155,13 @@ def main() -> int:
         default=SMOOTHED,
         help="beside bpda; DiffHammer and targeted APGD take the first",
     )
+    parser.add_argument(
+        "--also",
+        nargs="*",
+        default=[],
+        metavar="ATTACK",
+        help="more attacks by name, on as many images as those by gradient",
+    )
     parser.add_argument("--only", nargs="*", help="attacks whose names begin so, after the first")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/attacks"))
@@ -191,7 +201,7 @@ def caption(given: argparse.Namespace) -> str:
         f"{given.defense}, {given.split} images, Linf {dataset(given.data).eps:g}, steps and "
         f"attack replicates as each row says, {steps} Langevin steps, judged on "
         f"{given.judge_replicates} fresh draws (two-stage rule), 95% Wilson intervals, seed "
-        f"{given.seed}."
+        f"{given.seed}. `python benchmarks/attacks.py {shlex.join(sys.argv[1:])}`"
     )
 
 

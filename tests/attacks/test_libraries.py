@@ -18,6 +18,7 @@ from ebm_defense.defense import as_defense
 from ebm_defense.eval import evaluate
 
 LINF, L2 = ThreatModel(norm="Linf", eps=0.1), ThreatModel(norm="L2", eps=1.0)
+L1 = ThreatModel(norm="L1", eps=1.0)
 # (library, class, threat, its own parameters, the least that it must break of eight images)
 WORKING = [
     (FoolboxAttack, "LinfPGD", LINF, {"steps": 4, "abs_stepsize": 0.05}, 7),
@@ -95,7 +96,7 @@ class Solid(nn.Module):
 
 ANNOUNCED = [
     (FoolboxAttack, "LinfPGD", LINF, {"steps": 3}),
-    (FoolboxAttack, "L1PGD", ThreatModel(norm="L1", eps=1.0), {"steps": 2}),
+    (FoolboxAttack, "L1PGD", L1, {"steps": 2}),
     (FoolboxAttack, "L2AdamPGD", L2, {"steps": 2}),
     (FoolboxAttack, "L2BasicIterativeAttack", L2, {}),
     (FoolboxAttack, "L2AdamBasicIterativeAttack", L2, {"steps": 4}),
@@ -295,6 +296,9 @@ def test_classes_are_counted_for_the_library(two_class, images) -> None:
         (FoolboxAttack, "L2DeepFol", L2, {}, "near it are L2DeepFoolAttack"),
         (FoolboxAttack, "L2PGD", LINF, {}, "moves in L2, not in Linf"),
         (FoolboxAttack, "L0FMNAttack", L2, {}, "moves in L0, not in L2"),
+        (FoolboxAttack, "HopSkipJumpAttack", L1, {}, "moves in Linf or L2, not in L1"),
+        (TorchattacksAttack, "FAB", L1, {}, "moves in Linf or L2, not in L1"),
+        (ArtAttack, "SquareAttack", L1, {}, "moves in Linf or L2, not in L1"),
         (FoolboxAttack, "SpatialAttack", LINF, {}, "no norm bounds"),
         (FoolboxAttack, "GenAttack", LINF, {}, "target class"),
         (FoolboxAttack, "VirtualAdversarialAttack", L2, {}, "needs its steps"),
