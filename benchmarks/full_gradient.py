@@ -2,7 +2,7 @@
 
     python benchmarks/full_gradient.py                             # minutes on a CPU
     python benchmarks/full_gradient.py --batch 640 --device cuda   # 32 images of 20 replicates
-    python benchmarks/full_gradient.py --layouts cifar10-smooth --batch 640 --steps 20 100
+    python benchmarks/full_gradient.py --layouts cifar10-smooth --batch 640 --steps 20
 
 For the published CIFAR-10 energy and the Fashion-MNIST one, with smooth activations and chains in
 fp32, it prints the peak of the memory, and by how much that is above the forward chain's alone,
