@@ -80,6 +80,21 @@ def make_purifier(spec: str, steps: int | None = None) -> Purifier:
     return baseline(spec)
 
 
+CHECKPOINT = "checkpoint.pt"
+
+
+def checkpoint_of(out: Path, resume: bool) -> Path | None:
+    """Return the checkpoint that a training in `out` goes on from; None if there is none yet.
+
+    Raises:
+        UsageError: there is one, and nobody said to go on from it.
+    """
+    path = out / CHECKPOINT
+    if path.exists() and not resume:
+        raise UsageError(f"{out} holds a checkpoint; go on with --resume, or name another folder.")
+    return path if path.exists() else None
+
+
 def write_settings(folder: Path, command: Any, name: str = "settings.toml") -> None:
     """Write a command's options as a TOML file, which --config takes again."""
     values = {k: _plain(v) for k, v in dataclasses.asdict(command).items() if v is not None}

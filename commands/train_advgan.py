@@ -13,14 +13,19 @@ from ebm_defense.attacks import ThreatModel
 from ebm_defense.attacks.advgan_training import AdvGANRecipe, AdvGANTrainer, Update
 from ebm_defense.attacks.gradient_names import GRADIENTS
 from ebm_defense.attacks.spec import make_part
-from ebm_defense.commands.parts import Device, put_on, resolve_device, write_settings
+from ebm_defense.commands.parts import (
+    CHECKPOINT,
+    Device,
+    checkpoint_of,
+    put_on,
+    resolve_device,
+    write_settings,
+)
 from ebm_defense.data import dataset, load_data
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
 from ebm_defense.files import writable_folder, write_text
 from ebm_defense.weights import load_defense
-
-CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +83,7 @@ class TrainAdvgan:
     seed: int = 0
     """Seed of every draw."""
     resume: bool = False
-    """Go on from the checkpoint in OUT."""
+    """Go on from the checkpoint in OUT, if there is one yet."""
 
     def recipe(self) -> AdvGANRecipe:
         """Return the training settings among these options."""
@@ -102,16 +107,13 @@ class TrainAdvgan:
         recipe, threat = self.recipe(), self._threat()
         gradient = make_part(GRADIENTS, self.gradient, "gradient")
         device, out = resolve_device(self.device), writable_folder(self.out)
-        if (out / CHECKPOINT).exists() and not self.resume:
-            raise UsageError(
-                f"{out} holds a checkpoint; go on with --resume, or name another folder."
-            )
+        checkpoint = checkpoint_of(out, self.resume)
         data = load_data(self.data, self.split, self.images, root=self.data_root)
         defense = put_on(self._defense(), device)
         images, labels = data.images.to(device), data.labels.to(device)
         trainer = AdvGANTrainer(defense, images, labels, threat, recipe, gradient)
-        if self.resume:
-            trainer.load(out / CHECKPOINT)
+        if checkpoint is not None:
+            trainer.load(checkpoint)
         write_settings(out, self)
         self._learn(trainer, out)
         print(f"the generator is in {out}; judge it with evaluate --attack advgan:{out}")

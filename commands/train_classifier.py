@@ -12,17 +12,22 @@ from tqdm import tqdm
 from ebm_defense.attacks import ThreatModel
 from ebm_defense.attacks.training import TrainingPerturbation
 from ebm_defense.classifiers import WideResNet, WideResNetSettings, normalized
-from ebm_defense.commands.parts import Device, make_purifier, resolve_device, write_settings
+from ebm_defense.commands.parts import (
+    CHECKPOINT,
+    Device,
+    checkpoint_of,
+    make_purifier,
+    resolve_device,
+    write_settings,
+)
 from ebm_defense.data import Images, dataset, load_data
 from ebm_defense.energies import channels_last
-from ebm_defense.errors import UsageError
 from ebm_defense.files import load_plain, load_tensors, save_state, save_tensors, writable_folder
 from ebm_defense.learning.classifier import ClassifierRecipe, ClassifierTrainer, Copies, accuracy
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers import Purifier
 from ebm_defense.weights import CLASSIFIER, load_into
 
-CHECKPOINT = "checkpoint.pt"
 PURIFY_BATCH = 400
 VALIDATION_IMAGES = 1_000
 
@@ -81,7 +86,7 @@ class TrainClassifier:
     seed: int = 0
     """Seed of every draw."""
     resume: bool = False
-    """Go on from the checkpoint in OUT."""
+    """Go on from the checkpoint in OUT, if there is one yet."""
 
     def recipe(self) -> ClassifierRecipe:
         """Return the learning settings among these options."""
@@ -102,10 +107,7 @@ class TrainClassifier:
         """Purify if asked, learn, measure on the validation split."""
         recipe, device = self.recipe(), resolve_device(self.device)
         out = writable_folder(self.out)
-        if (out / CHECKPOINT).exists() and not self.resume:
-            raise UsageError(
-                f"{out} holds a checkpoint; go on with --resume, or name another folder."
-            )
+        checkpoint = checkpoint_of(out, self.resume)
         purifier = make_purifier(self.purified, self.purify_steps) if self.purified else None
         train = load_data(self.data, "train", self.images, root=self.data_root)
         held_out = self._validation()
@@ -114,8 +116,8 @@ class TrainClassifier:
         trainer = ClassifierTrainer(
             classifier, images, train.labels, recipe, self.precision, self._perturb()
         )
-        if self.resume:
-            trainer.load(out / CHECKPOINT)
+        if checkpoint is not None:
+            trainer.load(checkpoint)
         write_settings(out, self)
         if purifier is not None:
             held_out = Images(

@@ -9,7 +9,13 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ebm_defense.commands.parts import Device, resolve_device, write_settings
+from ebm_defense.commands.parts import (
+    CHECKPOINT,
+    Device,
+    checkpoint_of,
+    resolve_device,
+    write_settings,
+)
 from ebm_defense.data import load_data
 from ebm_defense.energies import ConvEnergy, ConvEnergySettings, channels_last
 from ebm_defense.errors import UsageError
@@ -19,7 +25,6 @@ from ebm_defense.learning.diagnostics import draw_curves, long_chains, save_grid
 from ebm_defense.learning.energy import EnergyRecipe, EnergyTrainer
 from ebm_defense.weights import ENERGY, load_into
 
-CHECKPOINT = "checkpoint.pt"
 PICTURED = 16
 
 
@@ -87,7 +92,7 @@ class TrainEbm:
     seed: int = 0
     """Seed of every draw."""
     resume: bool = False
-    """Go on from the checkpoint in OUT."""
+    """Go on from the checkpoint in OUT, if there is one yet."""
 
     def recipe(self) -> EnergyRecipe:
         """Return the learning settings among these options."""
@@ -117,15 +122,12 @@ class TrainEbm:
             )
         recipe, device = self.recipe(), resolve_device(self.device)
         out = writable_folder(self.out)
+        checkpoint = checkpoint_of(out, self.resume)
         images = load_data(self.data, "train", self.images, root=self.data_root).images
         energy = self._energy(images).to(device)
         trainer = EnergyTrainer(energy, images, recipe, self.precision)
-        if self.resume:
-            trainer.load(out / CHECKPOINT)
-        elif (out / CHECKPOINT).exists():
-            raise UsageError(
-                f"{out} holds a checkpoint; go on with --resume, or name another folder."
-            )
+        if checkpoint is not None:
+            trainer.load(checkpoint)
         write_settings(out, self)
         self._learn(trainer, out)
         print(f"energy and pictures are in {out}")
