@@ -19,9 +19,9 @@ from ebm_defense.eval.statistics import share
 
 LOG = logging.getLogger("ebm_defense.eval")
 
-EXACT = ("Full", "Surrogate")
-"""Kinds of gradient that go through the energy's own curvature."""
-THROUGH = (*EXACT, "Smoothed")
+EXACT = "Full"
+"""The kind of gradient that goes through the energy's own curvature."""
+THROUGH = (EXACT, "Smoothed")
 """Kinds of gradient that go through a chain, and not around it as BPDA does."""
 SAME = 0.05
 """Difference of logits, in their standard deviations, that rounding may make."""
@@ -79,8 +79,9 @@ Finding = Iterable[tuple[str, tuple[int, ...]]]
 
 
 def _kind(attack: Attack) -> str:
-    """Return the kind of an attack's gradient."""
-    return type(getattr(attack, "gradient", None)).__name__
+    """Return the kind of an attack's gradient: of a surrogate, how it is differentiated."""
+    gradient = getattr(attack, "gradient", None)
+    return type(getattr(gradient, "through", gradient)).__name__
 
 
 def _white(attack: Attack) -> bool:
@@ -133,7 +134,7 @@ def _around(e: Evidence) -> Finding:
 
 
 def _no_curvature(e: Evidence) -> Finding:
-    exact = e.numbers(lambda a: _kind(a) in EXACT)
+    exact = e.numbers(lambda a: _kind(a) == EXACT)
     if exact and e.measures.curvature == 0.0:
         yield "the energy's Hessian-vector product is 0 in every pixel", tuple(exact)
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ebm_defense import LangevinPurifier, PurifiedClassifier, Purifier
-from ebm_defense.attacks import PGD, Full, Proposal, Smoothed, ThreatModel, Transfer
+from ebm_defense.attacks import PGD, Full, Proposal, Smoothed, Surrogate, ThreatModel, Transfer
 from ebm_defense.attacks.base import DirectCall, lenient
 from ebm_defense.attacks.gradients import Identity
 from ebm_defense.defense import as_defense
@@ -195,6 +195,8 @@ def chain(activation: str) -> PurifiedClassifier:
         ("leaky_relu", Full(), True),
         ("soft_lrelu", Full(), False),
         ("leaky_relu", Identity(), False),
+        ("leaky_relu", Surrogate(steps=1, through=Full()), True),
+        ("leaky_relu", Surrogate(steps=1, through=Smoothed()), False),
     ],
 )
 def test_an_energy_without_curvature_under_the_full_gradient(
@@ -211,6 +213,8 @@ def test_an_energy_without_curvature_under_the_full_gradient(
         ("leaky_relu", [Identity(), Identity()], (0, 1)),
         ("soft_lrelu", [Identity(), Full()], None),
         ("leaky_relu", [Smoothed(), Identity()], None),
+        ("leaky_relu", [Surrogate(steps=1, through=Smoothed())], None),
+        ("soft_lrelu", [Surrogate(steps=1, through=Identity())], (0,)),
     ],
 )
 def test_a_chain_that_every_gradient_goes_around(images, labels, activation, gradients, flagged):
