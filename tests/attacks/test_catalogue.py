@@ -75,7 +75,8 @@ def test_members_are_attacks_of_a_norm_there_is() -> None:
     found = dict(members())
     assert {"foolbox:L2DeepFoolAttack", "torchattacks:APGDT", "art:SquareAttack"} <= set(found)
     assert found["foolbox:L2DeepFoolAttack"] == "L2"
-    assert found["torchattacks:APGDT"] == " ".join(NORMS)
+    assert found["torchattacks:APGDT"] == "Linf L2"
+    assert found["art:AutoProjectedGradientDescent"] == " ".join(NORMS)
     assert "foolbox:L0FMNAttack" not in found
     assert "art:AdversarialPatch" not in found
 
