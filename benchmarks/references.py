@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -128,15 +128,17 @@ PAIRS = {
 
 
 class Found(NamedTuple):
-    """What one side found of a batch, where it started, and how long it took."""
+    """What one side found of a batch, and how long it took."""
 
     images: Tensor
-    start: Tensor
     seconds: float
 
 
-def ours(attack: Attack, model: nn.Module, batch: Images, seed: int) -> Found:
-    """Attack a batch with ours: what it returns is wrong if any iterate it may keep was."""
+def ours(attack: Attack, model: nn.Module, batch: Images, seed: int) -> tuple[Found, Tensor]:
+    """Attack a batch with ours, and return its start too.
+
+    What is found is wrong if any iterate that the attack may keep was.
+    """
     begun, starts = time.perf_counter(), []
 
     def judge(proposal: Any) -> Tensor:
@@ -145,7 +147,7 @@ def ours(attack: Attack, model: nn.Module, batch: Images, seed: int) -> Found:
 
     ids, defense = range(len(batch.labels)), as_defense(model)
     found = attack.run(defense, *batch, ids=ids, seed=seed, judge=judge)
-    return Found(found, starts[0], time.perf_counter() - begun)
+    return Found(found, time.perf_counter() - begun), starts[0]
 
 
 def theirs(
@@ -160,7 +162,7 @@ def theirs(
         torch.manual_seed(budget.seed)
         attack = getattr(torchattacks, pair.theirs(budget))(model, **pair.settings(budget))
         found: Tensor = attack(*batch).detach()
-    return Found(found, batch.images, time.perf_counter() - begun)
+    return Found(found, time.perf_counter() - begun)
 
 
 @contextmanager
@@ -194,15 +196,19 @@ def compare(
     seconds = [0.0, 0.0]
     parts = zip(data.images[clean].split(BATCH), data.labels[clean].split(BATCH), strict=True)
     for number, batch in enumerate(Images(*part) for part in parts):
-        mine = ours(pair.ours(budget), model, batch, budget.seed + number)
-        other = theirs(pair, model, batch, budget, mine.start if pair.shared else None)
+        mine, start = ours(pair.ours(budget), model, batch, budget.seed + number)
+        other = theirs(pair, model, batch, budget, start if pair.shared else None)
         for side, found in enumerate((mine, other)):
             sides[side].append(stands(model, found.images, batch, budget.threat))
             seconds[side] += found.seconds
     one, two = (torch.cat(side) for side in sides)
-    a, b = (100.0 * float(side.sum()) / len(clean) for side in (one, two))
+    return {"attack": name} | row(one, two, seconds, len(clean))
+
+
+def row(one: Tensor, two: Tensor, seconds: Sequence[float], images: int) -> dict[str, str]:
+    """Return what the table says of the images that stand on our side and on the other."""
+    a, b = (100.0 * float(side.sum()) / images for side in (one, two))
     return {
-        "attack": name,
         "ours (%)": f"{a:.1f}",
         "torchattacks (%)": f"{b:.1f}",
         "difference": f"{a - b:+.1f}",

@@ -75,13 +75,20 @@ class Layer:
     """One convolution and the activation after it."""
 
     def __init__(self, conv: nn.Conv2d, activation: nn.Module, size: int, dtype: torch.dtype):
-        c = shape_of(conv, size)
-        assert conv.bias is not None
-        weight, bias = (t.detach().to(dtype) for t in (conv.weight, conv.bias))
+        c, weight, bias = shape_and_weights(conv, size, dtype)
         self.bend = BENDS[type(activation)](activation, weight)
         example = (1, c.fan_in, size, size)
         self.forward = convolution(weight, bias, c.stride, c.padding, example, self.bend.slope)
         self.backward = input_gradient(c, weight)
+
+
+def shape_and_weights(
+    conv: nn.Conv2d, size: int, dtype: torch.dtype
+) -> tuple[Convolution, Tensor, Tensor]:
+    """Return the shape of a convolution of maps of this size, and its weight and bias."""
+    assert conv.bias is not None
+    weight, bias = (t.detach().to(dtype) for t in (conv.weight, conv.bias))
+    return shape_of(conv, size), weight, bias
 
 
 def shape_of(conv: nn.Conv2d, size: int) -> Convolution:

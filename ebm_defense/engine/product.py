@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ebm_defense.derivatives import arithmetic
 from ebm_defense.energies import ConvEnergy, SoftLeakyReLU
 from ebm_defense.engine.base import Curvature, Energy
-from ebm_defense.engine.convolutional import hidden_layers, input_gradient, shape_of
+from ebm_defense.engine.convolutional import hidden_layers, input_gradient, shape_and_weights
 from ebm_defense.engine.fused import convolution
 
 _LARGEST_MAP = 2**24
@@ -87,9 +87,7 @@ class Layer:
     """One convolution, without and with bias, its input gradient, and the activation after it."""
 
     def __init__(self, conv: nn.Conv2d, activation: nn.Module, size: int, dtype: torch.dtype):
-        c = shape_of(conv, size)
-        assert conv.bias is not None
-        weight, bias = (t.detach().to(dtype) for t in (conv.weight, conv.bias))
+        c, weight, bias = shape_and_weights(conv, size, dtype)
         geometry = c.stride, c.padding, (1, c.fan_in, size, size)
         self.value = convolution(weight, bias, *geometry)
         self.tangent = convolution(weight, None, *geometry)
