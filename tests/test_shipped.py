@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -70,3 +73,17 @@ def test_the_smooth_energy_has_curvature_and_the_published_shape_has_none() -> N
         largest[name] = float(product.abs().max())
     assert largest["fashion-mnist"] == 0.0
     assert largest["fashion-mnist-smooth"] > 0.0
+
+
+LOGITS = json.loads((Path(__file__).parent / "fixtures" / "logits.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_a_fixed_seed_gives_the_logits_that_it_always_gave(name: str) -> None:
+    images, _ = load_data("fashion-mnist-sample", limit=4)
+    chain = {} if name == "fashion-mnist-gaussian" else {"precision": "fp32"}
+    defense = load_defense(name, replicates=2, seed=0, **chain)
+    with torch.no_grad():
+        found = defense(images)
+    # Bit by bit on one machine; processors differ in the order of their sums.
+    torch.testing.assert_close(found, torch.tensor(LOGITS[name]), rtol=1e-3, atol=1e-3)
