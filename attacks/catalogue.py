@@ -8,21 +8,21 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ebm_defense.attacks import spec
-from ebm_defense.attacks.advgan import AdvGAN
-from ebm_defense.attacks.apgd import APGD, TargetedAPGD
-from ebm_defense.attacks.art_adapter import ArtAttack
 from ebm_defense.attacks.base import Attack
-from ebm_defense.attacks.diffhammer import DiffHammer
-from ebm_defense.attacks.foolbox_adapter import FoolboxAttack
-from ebm_defense.attacks.gradient_names import GRADIENTS
-from ebm_defense.attacks.library import LibraryAttack
+from ebm_defense.attacks.external.advgan import AdvGAN
+from ebm_defense.attacks.external.art_adapter import ArtAttack
+from ebm_defense.attacks.external.foolbox_adapter import FoolboxAttack
+from ebm_defense.attacks.external.library import LibraryAttack
+from ebm_defense.attacks.external.torchattacks_adapter import TorchattacksAttack
+from ebm_defense.attacks.external.transfer import SOURCES, Transfer
+from ebm_defense.attacks.gradients.registry import GRADIENTS
 from ebm_defense.attacks.losses import LOSSES, CrossEntropy, Loss
-from ebm_defense.attacks.pgd import PGD
-from ebm_defense.attacks.spsa import SPSA
-from ebm_defense.attacks.square import Square
+from ebm_defense.attacks.optimisers.apgd import APGD, TargetedAPGD
+from ebm_defense.attacks.optimisers.diffhammer import DiffHammer
+from ebm_defense.attacks.optimisers.pgd import PGD
+from ebm_defense.attacks.optimisers.spsa import SPSA
+from ebm_defense.attacks.optimisers.square import Square
 from ebm_defense.attacks.threat import NORMS, ThreatModel
-from ebm_defense.attacks.torchattacks_adapter import TorchattacksAttack
-from ebm_defense.attacks.transfer import SOURCES, Transfer
 from ebm_defense.errors import UsageError
 from ebm_defense.weights import load_defense
 
@@ -130,7 +130,7 @@ def make_attack(text: str, **settings: Any) -> Attack:
         spec.refuse_unknown(given, takes(text), f"attack {name}")
     for part, registry in PARTS.items():
         if isinstance(given.get(part), str):
-            given[part] = spec.make_part(registry, given[part], part)
+            given[part] = spec.make_from_spec(registry, given[part], part)
     if "step_size" in takes(text) and "step_size" not in given:
         given["step_size"] = threat.eps / STEPS_ACROSS_EPS
     return make(**({"threat": threat} | given))

@@ -111,7 +111,7 @@ def settings_of(make: Callable[..., Any]) -> frozenset[str]:
     return frozenset(p.name for p in found if p.kind in kinds)
 
 
-def make_part(registry: Mapping[str, Callable[..., T]], text: str, what: str) -> T:
+def make_from_spec(registry: Mapping[str, Callable[..., T]], text: str, what: str) -> T:
     """Make a registry's part from `name(parameter=value, …)`.
 
     Raises:

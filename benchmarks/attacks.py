@@ -30,10 +30,10 @@ from ebm_defense import PurifiedClassifier, load_data, load_defense
 from ebm_defense.attacks import ThreatModel, make_attack
 from ebm_defense.data import Images, dataset
 from ebm_defense.eval import Report, evaluate
+from ebm_defense.eval.judging.statistics import Share, share
 from ebm_defense.eval.runner import attack_column
-from ebm_defense.eval.statistics import Share, share
 from ebm_defense.files import writable_folder, write_text
-from ebm_defense.memory import keep_freed_memory
+from ebm_defense.runtime.memory import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 CLIMBS = ("pgd", "apgd")

@@ -20,10 +20,10 @@ from ebm_defense import PurifiedClassifier, load_data, load_defense
 from ebm_defense.attacks import PGD, ThreatModel, Transfer
 from ebm_defense.data import Images
 from ebm_defense.eval import Protocol, compare, evaluate, load_run
-from ebm_defense.eval.members import fitting_gradient
+from ebm_defense.eval.protocols.presets import fitting_gradient
 from ebm_defense.files import writable_folder, write_text
-from ebm_defense.memory import keep_freed_memory
-from ebm_defense.purifiers import baseline
+from ebm_defense.purifiers.base import baseline
+from ebm_defense.runtime.memory import keep_freed_memory
 
 EPS = 0.1
 RESULTS = Path(__file__).parent / "results"

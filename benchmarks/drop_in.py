@@ -27,7 +27,7 @@ from ebm_defense._torchvision import torchvision
 from ebm_defense.attacks import ThreatModel
 from ebm_defense.attacks.threat import fraction
 from ebm_defense.eval import judge_images
-from ebm_defense.eval.statistics import share
+from ebm_defense.eval.judging.statistics import share
 
 DATA = "fashion-mnist-sample"
 STEPS_ACROSS_EPS = 4  # as published: steps of 2/255 at eps 8/255

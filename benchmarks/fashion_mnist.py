@@ -20,10 +20,10 @@ import pandas as pd
 from ebm_defense import load_data, load_defense
 from ebm_defense.attacks import PGD, ThreatModel, Transfer
 from ebm_defense.eval import Protocol, Report, evaluate, get_protocol
-from ebm_defense.eval.report import WORST_OF_ALL
-from ebm_defense.eval.statistics import paired
+from ebm_defense.eval.judging.statistics import paired
+from ebm_defense.eval.reporting.report import WORST_OF_ALL
 from ebm_defense.files import writable_folder, write_text
-from ebm_defense.memory import keep_freed_memory
+from ebm_defense.runtime.memory import keep_freed_memory
 
 EPS = 0.1
 CONTROL = "fashion-mnist-gaussian"

@@ -26,11 +26,11 @@ import torch
 
 from ebm_defense import ConvEnergy
 from ebm_defense.attacks import Full
-from ebm_defense.energies import channels_last
-from ebm_defense.eval.throughput import forward_chain, gradient_through, start_of
-from ebm_defense.memory import keep_freed_memory
-from ebm_defense.roofline import LAYOUTS
-from ebm_defense.timing import CLOCKS, peak_memory, timed
+from ebm_defense.energies.conv import channels_last
+from ebm_defense.eval.speed.roofline import LAYOUTS
+from ebm_defense.eval.speed.throughput import forward_chain, gradient_through, start_of
+from ebm_defense.runtime.memory import keep_freed_memory
+from ebm_defense.runtime.timing import CLOCKS, peak_memory, timed
 
 SMOOTH = ("cifar10-smooth", "fashion-mnist-16-smooth")
 MIB = 2**20

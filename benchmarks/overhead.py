@@ -21,7 +21,7 @@ import torch
 
 from ebm_defense import PurifiedClassifier, load_data, load_defense
 from ebm_defense.eval import evaluate, get_protocol
-from ebm_defense.memory import keep_freed_memory
+from ebm_defense.runtime.memory import keep_freed_memory
 
 TOP = 12
 

@@ -43,7 +43,7 @@ from ebm_defense.attacks import (
 from ebm_defense.attacks.base import lenient
 from ebm_defense.data import Images
 from ebm_defense.defense import as_defense
-from ebm_defense.eval.paired import mcnemar
+from ebm_defense.eval.judging.paired import mcnemar
 
 CLASSES = 10
 BATCH = 100

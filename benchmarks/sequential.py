@@ -22,12 +22,12 @@ from torch.nn import functional as F
 
 from ebm_defense import PurifiedClassifier, load_data, load_defense
 from ebm_defense.eval import evaluate, get_protocol
-from ebm_defense.eval.rules import has_majority
-from ebm_defense.eval.sequential import Sequential
-from ebm_defense.eval.statistics import share
-from ebm_defense.eval.verdict import Stream, draw_logits
+from ebm_defense.eval.judging.judge import Stream, draw_logits
+from ebm_defense.eval.judging.rules import has_majority
+from ebm_defense.eval.judging.sequential import Sequential
+from ebm_defense.eval.judging.statistics import share
 from ebm_defense.files import atomic, writable_folder
-from ebm_defense.memory import keep_freed_memory
+from ebm_defense.runtime.memory import keep_freed_memory
 
 EPS = 0.1
 

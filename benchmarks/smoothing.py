@@ -23,8 +23,8 @@ from ebm_defense.attacks import PGD, CrossEntropy, Gradient, Identity, ThreatMod
 from ebm_defense.data import Images, dataset
 from ebm_defense.eval import evaluate
 from ebm_defense.files import writable_folder, write_text
-from ebm_defense.memory import keep_freed_memory
 from ebm_defense.noise import chain_keys
+from ebm_defense.runtime.memory import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 STEPS_ACROSS_EPS = 4

@@ -8,12 +8,12 @@ from pathlib import Path
 from torch import nn
 
 from ebm_defense.classifiers import WideResNet, WideResNetSettings, normalized
-from ebm_defense.commands.parts import make_purifier
+from ebm_defense.commands.options import make_purifier
 from ebm_defense.defense import PurifiedClassifier
-from ebm_defense.energies import ConvEnergy, ConvEnergySettings
+from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
 from ebm_defense.errors import UsageError
 from ebm_defense.files import load_tensors
-from ebm_defense.purifiers import LangevinPurifier, Purifier
+from ebm_defense.purifiers.base import LangevinPurifier, Purifier
 from ebm_defense.weights import load_into, save_defense
 
 

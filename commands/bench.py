@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Literal
 import pandas as pd
 import torch
 
-from ebm_defense.commands.parts import Device, resolve_device
+from ebm_defense.commands.options import Device, resolve_device
 from ebm_defense.errors import UsageError
-from ebm_defense.eval.projection import Passes, PublishedCost, measure_passes
-from ebm_defense.eval.records import environment
-from ebm_defense.eval.throughput import PUBLISHED, Cell, measure, precisions_here
+from ebm_defense.eval.speed.projection import Passes, PublishedCost, measure_passes
+from ebm_defense.eval.speed.roofline import LAYOUTS, Ceilings, measure_ceilings
+from ebm_defense.eval.speed.throughput import PUBLISHED, Cell, measure, precisions_here
+from ebm_defense.eval.storage.settings import environment
 from ebm_defense.files import atomic, writable_folder, write_text
-from ebm_defense.roofline import LAYOUTS, Ceilings, measure_ceilings
-from ebm_defense.timing import CLOCKS
+from ebm_defense.runtime.timing import CLOCKS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,8 @@ from typing import Annotated
 import tyro
 
 from ebm_defense.errors import UsageError
-from ebm_defense.eval.compare import compare
-from ebm_defense.eval.reading import load_run
+from ebm_defense.eval.load_run import load_run
+from ebm_defense.eval.reporting.compare import compare
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,12 @@ from typing import Annotated
 import torch
 import tyro
 
-from ebm_defense.attacks.corruption_files import corruptions_in, read_corrupted
-from ebm_defense.attacks.corruptions import CORRUPTIONS, SEVERITIES
-from ebm_defense.commands.parts import Device, put_on, resolve_device
+from ebm_defense.attacks.corruptions.made import CORRUPTIONS, SEVERITIES
+from ebm_defense.attacks.corruptions.read import corruptions_in, read_corrupted
+from ebm_defense.commands.options import Device, put_on, resolve_device
 from ebm_defense.data import Images, load_data, stratified_order
 from ebm_defense.eval.corruptions import Make, evaluate_corruptions
-from ebm_defense.eval.records import default_folder
+from ebm_defense.eval.storage.settings import default_folder
 from ebm_defense.files import writable_folder
 from ebm_defense.weights import load_defense
 

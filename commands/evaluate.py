@@ -12,7 +12,7 @@ import torch
 import tyro
 from torch import nn
 
-from ebm_defense.commands.parts import (
+from ebm_defense.commands.options import (
     Device,
     make_module,
     make_purifier,
@@ -25,19 +25,19 @@ from ebm_defense.data import dataset, load_data
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.eval import Protocol, Report, evaluate, get_protocol, load_protocol
-from ebm_defense.eval.choice import choose
-from ebm_defense.eval.compare import compare
-from ebm_defense.eval.figures import draw_strip, purification_rows
-from ebm_defense.eval.forecast import forecast
-from ebm_defense.eval.members import fitting_gradient
-from ebm_defense.eval.protocol import Through
-from ebm_defense.eval.reading import load_run
-from ebm_defense.eval.records import default_folder
+from ebm_defense.eval.load_run import load_run
+from ebm_defense.eval.protocols.overrides import choose
+from ebm_defense.eval.protocols.presets import fitting_gradient
+from ebm_defense.eval.protocols.protocol import Through
+from ebm_defense.eval.reporting.captions import attack_caption
+from ebm_defense.eval.reporting.compare import compare
+from ebm_defense.eval.reporting.pictures import draw_strip, purification_rows
 from ebm_defense.eval.runner import Job, attack_column
-from ebm_defense.eval.wording import describe_attack
+from ebm_defense.eval.speed.forecast import forecast
+from ebm_defense.eval.storage.settings import default_folder
 from ebm_defense.eval.workers import Workers
 from ebm_defense.langevin import LangevinSettings
-from ebm_defense.purifiers import LangevinPurifier, Purifier
+from ebm_defense.purifiers.base import LangevinPurifier, Purifier
 from ebm_defense.weights import load_defense
 
 COMMAND, UNDEFENDED = "command.toml", "undefended"
@@ -280,5 +280,5 @@ def draw_breaks(
         classify=defense.classifier,
         labels=torch.tensor(report.records["label"])[chosen],
         classes=classes,
-        title=describe_attack(attack),
+        title=attack_caption(attack),
     )

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from ebm_defense.errors import FailedRunError, UsageError
-from ebm_defense.memory import keep_freed_memory
+from ebm_defense.runtime.memory import keep_freed_memory
 
 USAGE_STATUS = 2
 
@@ -162,7 +162,7 @@ def from_file(command: type[Any], path: str) -> Any:
     import tomllib
     from pathlib import Path
 
-    from ebm_defense.settings import from_plain
+    from ebm_defense.serialize import from_plain
 
     try:
         plain = tomllib.loads(Path(path).read_text(encoding="utf-8"))

@@ -12,12 +12,12 @@ import tyro
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ebm_defense.commands.parts import Device, make_purifier, put_on, resolve_device
+from ebm_defense.commands.options import Device, make_purifier, put_on, resolve_device
 from ebm_defense.errors import UsageError
-from ebm_defense.eval.figures import draw_strip, film_strip
+from ebm_defense.eval.reporting.pictures import draw_strip, film_strip
 from ebm_defense.files import atomic, writable_folder
 from ebm_defense.noise import KeyedNoise, chain_keys
-from ebm_defense.purifiers import LangevinPurifier, Purifier
+from ebm_defense.purifiers.base import LangevinPurifier, Purifier
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 PICTURED = 8

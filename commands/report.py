@@ -10,10 +10,10 @@ from typing import Annotated
 import tyro
 
 from ebm_defense.commands.evaluate import draw_breaks
-from ebm_defense.commands.parts import Device, put_on, resolve_device
-from ebm_defense.eval.html import report_page
-from ebm_defense.eval.reading import load_run
-from ebm_defense.eval.report import Report
+from ebm_defense.commands.options import Device, put_on, resolve_device
+from ebm_defense.eval.load_run import load_run
+from ebm_defense.eval.reporting.html import report_page
+from ebm_defense.eval.reporting.report import Report
 from ebm_defense.files import write_text
 from ebm_defense.weights import load_defense
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pandas as pd
 
 from ebm_defense.attacks import CrossEntropy, make_gradient
-from ebm_defense.attacks.signal import Signal, eot_signal
-from ebm_defense.commands.parts import Device, make_purifier, put_on, resolve_device
+from ebm_defense.attacks.gradients.snr import Signal, eot_signal
+from ebm_defense.commands.options import Device, make_purifier, put_on, resolve_device
 from ebm_defense.data import load_data
 from ebm_defense.defense import PurifiedClassifier
-from ebm_defense.eval.probe import probe
+from ebm_defense.eval.judging.check_model import probe
 from ebm_defense.weights import load_defense
 
 

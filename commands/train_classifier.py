@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ebm_defense.attacks import ThreatModel
 from ebm_defense.attacks.training import TrainingPerturbation
 from ebm_defense.classifiers import WideResNet, WideResNetSettings, normalized
-from ebm_defense.commands.parts import (
+from ebm_defense.commands.options import (
     CHECKPOINT,
     Device,
     checkpoint_of,
@@ -21,11 +21,11 @@ from ebm_defense.commands.parts import (
     write_settings,
 )
 from ebm_defense.data import Images, dataset, load_data
-from ebm_defense.energies import channels_last
+from ebm_defense.energies.conv import channels_last
 from ebm_defense.files import load_plain, load_tensors, save_state, save_tensors, writable_folder
 from ebm_defense.learning.classifier import ClassifierRecipe, ClassifierTrainer, Copies, accuracy
 from ebm_defense.noise import KeyedNoise, chain_keys
-from ebm_defense.purifiers import Purifier
+from ebm_defense.purifiers.base import Purifier
 from ebm_defense.weights import CLASSIFIER, load_into
 
 PURIFY_BATCH = 400

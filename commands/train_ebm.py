@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ebm_defense.commands.parts import (
+from ebm_defense.commands.options import (
     CHECKPOINT,
     Device,
     checkpoint_of,
@@ -17,7 +17,7 @@ from ebm_defense.commands.parts import (
     write_settings,
 )
 from ebm_defense.data import load_data
-from ebm_defense.energies import ConvEnergy, ConvEnergySettings, channels_last
+from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, channels_last
 from ebm_defense.errors import UsageError
 from ebm_defense.files import load_tensors, save_tensors, writable_folder, write_text
 from ebm_defense.langevin import LangevinSettings

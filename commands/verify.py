@@ -10,14 +10,14 @@ import tyro
 
 from ebm_defense.commands.evaluate import COMMAND, Evaluate
 from ebm_defense.commands.main import from_file
-from ebm_defense.commands.parts import Device, put_on, resolve_device
+from ebm_defense.commands.options import Device, put_on, resolve_device
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
-from ebm_defense.eval.reading import load_run
-from ebm_defense.eval.report import Report
+from ebm_defense.eval.load_run import load_run
+from ebm_defense.eval.reporting.report import Report
 from ebm_defense.eval.reverify import next_number, reverify
 from ebm_defense.fingerprint import fingerprint
-from ebm_defense.packing import Packing
+from ebm_defense.runtime.packing import Packing
 from ebm_defense.weights import load_defense
 
 

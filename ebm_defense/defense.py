@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ebm_defense.agreement import PAIRS, VERDICT_PRECISIONS, checked_verdicts
-from ebm_defense.derivatives import arithmetic
+from ebm_defense.engine.derivatives import arithmetic
 from ebm_defense.errors import UsageError
-from ebm_defense.findings import versions
 from ebm_defense.images import check_images
 from ebm_defense.langevin import resolve_precision
 from ebm_defense.noise import KeyedNoise, chain_keys, fresh_seed
-from ebm_defense.packing import Packing
-from ebm_defense.purifiers import NoPurifier, as_purifier
+from ebm_defense.precision.classifiers import PAIRS, VERDICT_PRECISIONS, checked_verdicts
+from ebm_defense.precision.findings import versions
+from ebm_defense.purifiers.base import NoPurifier, as_purifier
+from ebm_defense.runtime.packing import Packing
 
 VOTE_SMOOTHING = 1e-3
 
@@ -80,8 +80,8 @@ class PurifiedClassifier(nn.Module):
         undefended: the classifier that reports show as undefended; `classifier` if not given.
         verdict_precision: of the classifier where a judge asks, "fp32", "bf16", or "auto": bf16
             where it is fast and was shown to name the same classes, which is looked up or checked
-            at the first verdict (see `ebm_defense.agreement`). Gradients, attacks and calls of
-            the module always get the classifier as it is.
+            at the first verdict (see `ebm_defense.precision.classifiers`). Gradients, attacks and
+            calls of the module always get the classifier as it is.
 
     Raises:
         UsageError: a setting out of range.

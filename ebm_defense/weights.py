@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from ebm_defense.classifiers import Normalized, WideResNet, WideResNetSettings, normalized
 from ebm_defense.defense import PurifiedClassifier
-from ebm_defense.energies import ConvEnergy, ConvEnergySettings, channels_last
+from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, channels_last
 from ebm_defense.errors import UsageError
 from ebm_defense.files import load_tensors, save_tensors, writable_folder, write_text
 from ebm_defense.langevin import LangevinSettings
-from ebm_defense.purifiers import GaussianNoise, LangevinPurifier, Purifier
+from ebm_defense.purifiers.base import GaussianNoise, LangevinPurifier, Purifier
 
 CHAIN_OPTIONS = ("steps", "precision")
 DEFENSE, SUMS = "defense.toml", "SHA256SUMS"
@@ -159,7 +159,7 @@ def load_energy(name: str | Path = "fashion-mnist") -> ConvEnergy:
 
 def read_settings(folder: Path) -> DefenseSettings:
     """Read `defense.toml`; unknown keys are refused by name."""
-    from ebm_defense.settings import from_plain
+    from ebm_defense.serialize import from_plain
 
     file = folder / DEFENSE
     try:

@@ -1,18 +1,18 @@
 """What a judge does: protocols, verdicts on fresh draws, statistics, tables."""
 
 from ebm_defense.eval.benchmark import Benchmark, benchmark
-from ebm_defense.eval.compare import Comparison, compare
 from ebm_defense.eval.evaluate import evaluate
-from ebm_defense.eval.flags import Flag
+from ebm_defense.eval.judging.judge import Judge, Verdict, judge_images
+from ebm_defense.eval.judging.rules import OneStage, TwoStage
+from ebm_defense.eval.judging.sequential import Sequential
+from ebm_defense.eval.judging.statistics import over_seeds, paired, share, worst_of
+from ebm_defense.eval.load_run import load_run
 from ebm_defense.eval.merge import merge
-from ebm_defense.eval.protocol import PROTOCOLS, Protocol, get_protocol, load_protocol
-from ebm_defense.eval.reading import load_run
-from ebm_defense.eval.report import Report
+from ebm_defense.eval.protocols.protocol import PROTOCOLS, Protocol, get_protocol, load_protocol
+from ebm_defense.eval.reporting.compare import Comparison, compare
+from ebm_defense.eval.reporting.flags import Flag
+from ebm_defense.eval.reporting.report import Report
 from ebm_defense.eval.reverify import Verification, reverify
-from ebm_defense.eval.rules import OneStage, TwoStage
-from ebm_defense.eval.sequential import Sequential
-from ebm_defense.eval.statistics import over_seeds, paired, share, worst_of
-from ebm_defense.eval.verdict import Judge, Verdict, judge_images
 from ebm_defense.eval.workers import Workers
 
 __all__ = [

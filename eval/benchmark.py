@@ -14,9 +14,9 @@ from ebm_defense.data import dataset as known_dataset
 from ebm_defense.data import load_data
 from ebm_defense.defense import as_defense
 from ebm_defense.eval.evaluate import evaluate
-from ebm_defense.eval.members import fitting_gradient
-from ebm_defense.eval.protocol import get_protocol
-from ebm_defense.eval.report import Report
+from ebm_defense.eval.protocols.presets import fitting_gradient
+from ebm_defense.eval.protocols.protocol import get_protocol
+from ebm_defense.eval.reporting.report import Report
 
 
 class Benchmark(NamedTuple):

@@ -16,17 +16,17 @@ from scipy.stats import norm
 from torch import Tensor
 from tqdm import tqdm
 
-from ebm_defense.attacks.corruptions import CORRUPTIONS, SEVERITIES, check_corruption, corrupt
-from ebm_defense.attacks.hearing import refuse_nan
+from ebm_defense.attacks.corruptions.made import CORRUPTIONS, SEVERITIES, check_corruption, corrupt
+from ebm_defense.attacks.session import refuse_nan
 from ebm_defense.data import Images
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
-from ebm_defense.eval.folder import Done, RunFolder, Shelf
-from ebm_defense.eval.probe import probe
-from ebm_defense.eval.records import judge_settings
-from ebm_defense.eval.statistics import CONFIDENCE, share
-from ebm_defense.eval.verdict import Stream, draw_logits
-from ebm_defense.eval.wording import describe_defense
+from ebm_defense.eval.judging.check_model import probe
+from ebm_defense.eval.judging.judge import Stream, draw_logits
+from ebm_defense.eval.judging.statistics import CONFIDENCE, share
+from ebm_defense.eval.reporting.captions import defense_caption
+from ebm_defense.eval.storage.run_folder import Done, MemoryStore, RunFolder
+from ebm_defense.eval.storage.settings import judge_settings
 from ebm_defense.files import write_text
 from ebm_defense.fingerprint import digest
 
@@ -167,7 +167,7 @@ def evaluate_corruptions(
         cells, make = [(CLEAN, 0), *cells], _maker(images, labels, seed)
     measured = partial(_measure, defense, make, draws=draws, seed=seed)
     if out is None:
-        return _report(cells, measured, Shelf(), settings)
+        return _report(cells, measured, MemoryStore(), settings)
     with RunFolder(out, settings, {"images": images, "labels": labels}).claimed() as folder:
         report = _report(cells, measured, folder, settings)
         report.save(folder.path)
@@ -177,7 +177,7 @@ def evaluate_corruptions(
 def _report(
     cells: list[tuple[str, int]],
     measured: Callable[[tuple[str, int]], pd.DataFrame],
-    folder: RunFolder | Shelf,
+    folder: RunFolder | MemoryStore,
     settings: dict[str, Any],
 ) -> CorruptionReport:
     records = pd.concat(_kept(cells, measured, folder), ignore_index=True)
@@ -196,7 +196,7 @@ def _maker(images: Tensor, labels: Tensor, seed: int) -> Make:
 def _kept(
     cells: list[tuple[str, int]],
     measured: Callable[[tuple[str, int]], pd.DataFrame],
-    folder: RunFolder | Shelf,
+    folder: RunFolder | MemoryStore,
 ) -> list[pd.DataFrame]:
     """Measure each corruption and severity, keeping and reusing what is in the folder."""
     parts = []
@@ -253,7 +253,7 @@ def _caption(settings: dict[str, Any]) -> str:
     return (
         f"Mean accuracy over {count} corruptions at severities {', '.join(map(str, grades))} "
         f"(Hendrycks, Dietterich 2019), {settings['source']}. {settings['replicates']} fresh "
-        f"replicates, one stage. {describe_defense(settings['defense'])}. "
+        f"replicates, one stage. {defense_caption(settings['defense'])}. "
         f"{settings['data']['images']} images, {CONFIDENCE:.0%} Wilson intervals over images, "
         f"seed {settings['seed']}."
     )

@@ -13,16 +13,16 @@ from torch import Tensor
 from ebm_defense.attacks.base import Attack
 from ebm_defense.defense import as_defense
 from ebm_defense.errors import UsageError
-from ebm_defense.eval.flags import log_flags
-from ebm_defense.eval.folder import RunFolder, Shelf
-from ebm_defense.eval.measures import Measures, measure, save_measures
-from ebm_defense.eval.members import fitting_gradient
+from ebm_defense.eval.judging.check_model import probe
+from ebm_defense.eval.judging.sanity_checks import SanityChecks, measure, save_sanity_checks
 from ebm_defense.eval.memory import chains_restored
-from ebm_defense.eval.probe import probe
-from ebm_defense.eval.protocol import Protocol, Through, get_protocol
-from ebm_defense.eval.records import settings_of
-from ebm_defense.eval.report import Report, report_of
+from ebm_defense.eval.protocols.presets import fitting_gradient
+from ebm_defense.eval.protocols.protocol import Protocol, Through, get_protocol
+from ebm_defense.eval.reporting.flags import log_flags
+from ebm_defense.eval.reporting.report import Report, report_of
 from ebm_defense.eval.runner import Job, planned_steps, run
+from ebm_defense.eval.storage.run_folder import MemoryStore, RunFolder
+from ebm_defense.eval.storage.settings import settings_of
 from ebm_defense.eval.workers import ALONE, Workers
 from ebm_defense.images import check_images, check_labels
 
@@ -79,7 +79,7 @@ def evaluate(
     if workers.parts > 1:
         settings["shard"] = f"{workers.part}/{workers.parts}"
     if out is None:
-        report = report_of(run(job, Shelf(), workers), settings, chosen, images, _look(job))
+        report = report_of(run(job, MemoryStore(), workers), settings, chosen, images, _look(job))
     else:
         report = _kept(job, settings, out, workers)
     log_flags(report.flags)
@@ -91,16 +91,16 @@ def _kept(job: Job, settings: dict[str, Any], out: str | Path, workers: Workers)
     data = {"images": job.images, "labels": job.labels}
     with RunFolder(out, settings, data, workers).claimed() as folder:
         done = run(job, folder, workers)
-        measures = _look(job) if workers.leads else None
-        report = report_of(done, settings, job.protocol, job.images, measures)
-        if measures is not None:
-            save_measures(folder.path, measures)
+        sanity_checks = _look(job) if workers.leads else None
+        report = report_of(done, settings, job.protocol, job.images, sanity_checks)
+        if sanity_checks is not None:
+            save_sanity_checks(folder.path, sanity_checks)
             report.save(folder.path)
             folder.finish(*done)
     return report
 
 
-def _look(job: Job) -> Measures:
+def _look(job: Job) -> SanityChecks:
     """Look at the model for flags, with as many chains at a time as fit."""
     work = partial(measure, job.defense, job.images, job.labels, job.protocol.attacks, job.seed)
     with chains_restored(job.defense):

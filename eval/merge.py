@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ebm_defense.errors import UsageError
-from ebm_defense.eval.folder import (
+from ebm_defense.eval.judging.sanity_checks import load_sanity_checks, save_sanity_checks
+from ebm_defense.eval.protocols.protocol import restore_protocol
+from ebm_defense.eval.reporting.report import Report, report_of
+from ebm_defense.eval.runner import SHARD, gather
+from ebm_defense.eval.storage.run_folder import (
     DATA,
     ENVIRONMENT,
     SETTINGS,
@@ -19,10 +23,6 @@ from ebm_defense.eval.folder import (
     read_toml,
     shard_files,
 )
-from ebm_defense.eval.measures import load_measures, save_measures
-from ebm_defense.eval.protocol import restore_protocol
-from ebm_defense.eval.report import Report, report_of
-from ebm_defense.eval.runner import SHARD, gather
 from ebm_defense.files import load_tensors
 
 
@@ -45,10 +45,10 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> Report:
     data = load_tensors(folders[0] / DATA)
     with RunFolder(out, settings, data).claimed() as whole:
         done = gather([_copy(folder, start, whole) for start, folder in shards.items()])
-        measures = load_measures(folders[0])
-        report = report_of(done, settings, protocol, data["images"], measures)
-        if measures is not None:
-            save_measures(whole.path, measures)
+        sanity_checks = load_sanity_checks(folders[0])
+        report = report_of(done, settings, protocol, data["images"], sanity_checks)
+        if sanity_checks is not None:
+            save_sanity_checks(whole.path, sanity_checks)
         report.save(whole.path)
         whole.finish(*done, parts=[_environment(folder) for folder in folders])
     return report

@@ -14,17 +14,17 @@ import tomli_w
 import torch
 from torch import Tensor
 
-from ebm_defense.attacks.hearing import refuse_nan
+from ebm_defense.attacks.session import refuse_nan
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
+from ebm_defense.eval.judging.check_model import probe
+from ebm_defense.eval.judging.judge import Stream, draw_logits
+from ebm_defense.eval.judging.paired import mcnemar
+from ebm_defense.eval.judging.statistics import Share, share
 from ebm_defense.eval.memory import chains_restored
-from ebm_defense.eval.paired import mcnemar
-from ebm_defense.eval.probe import probe
-from ebm_defense.eval.records import judge_settings
-from ebm_defense.eval.report import Report, attack_title
+from ebm_defense.eval.reporting.report import Report, attack_title
 from ebm_defense.eval.runner import SHARD, attack_column
-from ebm_defense.eval.statistics import Share, share
-from ebm_defense.eval.verdict import Stream, draw_logits
+from ebm_defense.eval.storage.settings import judge_settings
 from ebm_defense.files import write_text
 from ebm_defense.noise import derive_seed
 

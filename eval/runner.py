@@ -15,25 +15,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ebm_defense.attacks.base import Attack, Proposal, attack_replicates, cost, lenient
-from ebm_defense.attacks.hearing import refuse_nan
+from ebm_defense.attacks.session import refuse_nan
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
-from ebm_defense.eval.definitions import definition_columns
-from ebm_defense.eval.folder import Costs, Done, RunFolder, Shelf, total
-from ebm_defense.eval.memory import chains_restored
-from ebm_defense.eval.protocol import Protocol
-from ebm_defense.eval.records import Shard, join
-from ebm_defense.eval.verdict import (
+from ebm_defense.eval.judging.definitions import definition_columns
+from ebm_defense.eval.judging.judge import (
     Judge,
     Stream,
     Verdict,
     draw_logits,
     uncounted,
 )
+from ebm_defense.eval.memory import chains_restored
+from ebm_defense.eval.protocols.protocol import Protocol
+from ebm_defense.eval.storage.run_folder import Costs, Done, MemoryStore, RunFolder, total
+from ebm_defense.eval.storage.settings import Shard, join
 from ebm_defense.eval.workers import ALONE, Workers
 from ebm_defense.noise import derive_seed
-from ebm_defense.purifiers import NoPurifier
+from ebm_defense.purifiers.base import NoPurifier
 
 SHARD = 32
 Columns = dict[str, Sequence[object]]
@@ -127,7 +127,7 @@ def planned_steps(job: Job) -> int:
 
 
 def run(
-    job: Job, shelf: Shelf | RunFolder, workers: Workers = ALONE, show: bool | None = None
+    job: Job, shelf: MemoryStore | RunFolder, workers: Workers = ALONE, show: bool | None = None
 ) -> Done:
     """Run this process's shards of a job, and return all that the shelf then holds.
 
@@ -155,7 +155,9 @@ def gather(finished: Sequence[Done]) -> Done:
     return Done(join([done.shard for done in finished]), total(done.costs for done in finished))
 
 
-def _run_shards(job: Job, todo: Sequence[int], shelf: Shelf | RunFolder, show: bool | None) -> None:
+def _run_shards(
+    job: Job, todo: Sequence[int], shelf: MemoryStore | RunFolder, show: bool | None
+) -> None:
     each, fitting = planned_steps(job), job.defense.packing.fitting
     parts = [range(start, min(start + SHARD, len(job.labels))) for start in todo]
     meter = Meter(total=each * sum(map(len, parts)), show=show)

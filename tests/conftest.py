@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ebm_defense import LangevinPurifier, PurifiedClassifier, Purifier, load_data, load_defense
 from ebm_defense.classifiers import WideResNet, WideResNetSettings, normalized
-from ebm_defense.energies import ConvEnergy, ConvEnergySettings
+from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
 
 # Time limits would fail on a busy machine, and random examples would fail now and then.
 settings.register_profile("ebm-defense", deadline=None, derandomize=True, print_blob=True)

@@ -20,10 +20,16 @@ from ebm_defense.defense import (
     mean_softmax,
     votes,
 )
-from ebm_defense.energies import ConvEnergy, ConvEnergySettings
+from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import KeyedNoise, chain_keys
-from ebm_defense.purifiers import GaussianNoise, LangevinPurifier, NoPurifier, Purifier, baseline
+from ebm_defense.purifiers.base import (
+    GaussianNoise,
+    LangevinPurifier,
+    NoPurifier,
+    Purifier,
+    baseline,
+)
 
 CLASSES = 4
 quick = settings(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ebm_defense.energies import ConvEnergy, ConvEnergySettings, QuadraticEnergy
+from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, QuadraticEnergy
 from ebm_defense.errors import UsageError
 from ebm_defense.langevin import (
     LangevinSettings,
@@ -21,7 +21,7 @@ from ebm_defense.langevin import (
     run_chain,
 )
 from ebm_defense.noise import KeyedNoise, chain_keys
-from ebm_defense.purifiers import LangevinPurifier
+from ebm_defense.purifiers.base import LangevinPurifier
 
 SHAPE = (1, 2, 2)
 

@@ -13,12 +13,12 @@ from torch import nn
 
 from ebm_defense.classifiers import WideResNet, WideResNetSettings, normalized
 from ebm_defense.defense import PurifiedClassifier
-from ebm_defense.energies import ConvEnergy, ConvEnergySettings, QuadraticEnergy
+from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, QuadraticEnergy
 from ebm_defense.errors import UsageError
 from ebm_defense.files import save_state, save_tensors
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.noise import KeyedNoise, chain_keys
-from ebm_defense.purifiers import BitDepth, GaussianNoise, LangevinPurifier
+from ebm_defense.purifiers.base import BitDepth, GaussianNoise, LangevinPurifier
 from ebm_defense.weights import (
     DefenseSettings,
     find_folder,

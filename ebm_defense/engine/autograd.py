@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ebm_defense.derivatives import tf32
 from ebm_defense.engine.base import Energy
+from ebm_defense.engine.derivatives import tf32
 from ebm_defense.errors import UsageError
 
 

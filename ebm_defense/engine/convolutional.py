@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ebm_defense.derivatives import tf32
-from ebm_defense.energies import ConvEnergy, SoftLeakyReLU
+from ebm_defense.energies.conv import ConvEnergy, SoftLeakyReLU
 from ebm_defense.engine.base import Energy
+from ebm_defense.engine.derivatives import tf32
 from ebm_defense.engine.fused import Map, convolution
 from ebm_defense.engine.subpixel import Convolution, best_blocks
 
 
-class Bend:
+class Activation:
     """LeakyReLU: the sign of its own output tells its slope."""
 
     def __init__(self, activation: nn.LeakyReLU, like: Tensor) -> None:
@@ -41,7 +41,7 @@ class Bend:
         )
 
 
-class SoftBend:
+class SoftActivation:
     """Smooth LeakyReLU and its slope, both as means with weights 1 − a and a.
 
     With r = √(z² + e²) they are those of z and r − e, and of 1 and z/r. A mean is one pass over
@@ -65,9 +65,9 @@ class SoftBend:
         return kept.mul_(gradient)
 
 
-BENDS: dict[type[nn.Module], Callable[..., Bend | SoftBend]] = {
-    nn.LeakyReLU: Bend,
-    SoftLeakyReLU: SoftBend,
+ACTIVATIONS: dict[type[nn.Module], Callable[..., Activation | SoftActivation]] = {
+    nn.LeakyReLU: Activation,
+    SoftLeakyReLU: SoftActivation,
 }
 
 
@@ -76,7 +76,7 @@ class Layer:
 
     def __init__(self, conv: nn.Conv2d, activation: nn.Module, size: int, dtype: torch.dtype):
         c, weight, bias = shape_and_weights(conv, size, dtype)
-        self.bend = BENDS[type(activation)](activation, weight)
+        self.bend = ACTIVATIONS[type(activation)](activation, weight)
         example = (1, c.fan_in, size, size)
         self.forward = convolution(weight, bias, c.stride, c.padding, example, self.bend.slope)
         self.backward = input_gradient(c, weight)
@@ -193,7 +193,7 @@ def supports(energy: Energy, x: Tensor, precision: str) -> bool:
     if type(energy) is not ConvEnergy or precision == "fp64" or not len(x):
         return False
     s = energy.settings
-    own = all(type(layer) in (nn.Conv2d, *BENDS) and not _hooked(layer) for layer in energy.f)
+    own = all(type(layer) in (nn.Conv2d, *ACTIVATIONS) and not _hooked(layer) for layer in energy.f)
     alike = all(p.dtype == x.dtype and p.device == x.device for p in energy.parameters())
     return (
         own and alike and not _hooked(energy) and x.shape[1:] == (s.channels, *[s.image_size] * 2)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ebm_defense.derivatives import arithmetic
-from ebm_defense.energies import ConvEnergy, SoftLeakyReLU
+from ebm_defense.energies.conv import ConvEnergy, SoftLeakyReLU
 from ebm_defense.engine.base import Curvature, Energy
 from ebm_defense.engine.convolutional import hidden_layers, input_gradient, shape_and_weights
+from ebm_defense.engine.derivatives import arithmetic
 from ebm_defense.engine.fused import convolution
 
 _LARGEST_MAP = 2**24
@@ -25,7 +25,7 @@ _LARGEST_MAP = 2**24
 are no faster."""
 
 
-class Bent(NamedTuple):
+class Linearised(NamedTuple):
     """What the way up leaves of an activation: σ(z), its derivative, and what the way down needs.
 
     Attributes:
@@ -50,12 +50,12 @@ class Corner:
         self.slope = activation.negative_slope
         self.one = like.new_ones(())
 
-    def __call__(self, z: Tensor, dz: Tensor, lent: Curvature | None) -> Bent:
+    def __call__(self, z: Tensor, dz: Tensor, lent: Curvature | None) -> Linearised:
         """Activate pre-activations z and their derivative dz, which are written over."""
         bend = None if lent is None else lent(z, self.slope).mul_(dz)
         # Ten times as fast as torch.where on a CPU.
         slope = torch.ops.aten.leaky_relu_backward(self.one.expand_as(z), z, self.slope, False)
-        return Bent(F.leaky_relu_(z, self.slope), dz.mul_(slope), slope, bend)
+        return Linearised(F.leaky_relu_(z, self.slope), dz.mul_(slope), slope, bend)
 
 
 class SoftCorner:
@@ -68,13 +68,13 @@ class SoftCorner:
         self.square, self.one = like.new_full((), self.e**2), like.new_ones(())
         self.zero = like.new_zeros(())
 
-    def __call__(self, z: Tensor, dz: Tensor, lent: Curvature | None) -> Bent:
+    def __call__(self, z: Tensor, dz: Tensor, lent: Curvature | None) -> Linearised:
         """Activate pre-activations z and their derivative dz, which is written over."""
         near = torch.addcmul(self.square, z, z).rsqrt_()
         slope = (z * near).lerp_(self.one, 1.0 - self.a)
         bend = torch.addcmul(self.zero, near.pow(3), dz, value=self.a * self.e**2)
         h = near.reciprocal_().sub_(self.e).lerp_(z, 1.0 - self.a)
-        return Bent(h, dz.mul_(slope), slope, bend)
+        return Linearised(h, dz.mul_(slope), slope, bend)
 
 
 CORNERS: dict[type[nn.Module], Callable[..., Corner | SoftCorner]] = {

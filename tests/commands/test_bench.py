@@ -8,16 +8,16 @@ import torch
 
 from ebm_defense.commands.bench import QUICK_LAYOUTS, Bench
 from ebm_defense.commands.main import main
-from ebm_defense.energies import ConvEnergySettings
-from ebm_defense.roofline import LAYOUTS, Ceilings
+from ebm_defense.energies.conv import ConvEnergySettings
+from ebm_defense.eval.speed.roofline import LAYOUTS, Ceilings
 
 
 @pytest.fixture
 def _tiny(monkeypatch):
     shape = ConvEnergySettings(channels=1, image_size=8, width=2)
     monkeypatch.setitem(LAYOUTS, "tiny", shape)
-    monkeypatch.setattr("ebm_defense.eval.throughput.LONGEST", 5)
-    monkeypatch.setattr("ebm_defense.eval.throughput.SHORTEST", 5)
+    monkeypatch.setattr("ebm_defense.eval.speed.throughput.LONGEST", 5)
+    monkeypatch.setattr("ebm_defense.eval.speed.throughput.SHORTEST", 5)
     monkeypatch.setattr(
         "ebm_defense.commands.bench.measure_ceilings",
         lambda p, *_: Ceilings(precision=p, matmul=1e12, convolution=1e12, copy=1e11),

@@ -12,7 +12,7 @@ from ebm_defense import load_defense
 from ebm_defense.commands.evaluate import Evaluate
 from ebm_defense.eval import get_protocol
 from ebm_defense.fingerprint import fingerprint
-from ebm_defense.purifiers import Jpeg, NoPurifier
+from ebm_defense.purifiers.base import Jpeg, NoPurifier
 
 SMALL = ("--data", "digits", "--images", 6, "--steps", 2, "--replicates", 2)
 
@@ -63,7 +63,7 @@ def test_a_folder_of_another_run_is_never_overwritten(run, tiny_defense, tmp_pat
 @pytest.fixture
 def briefly_timed(monkeypatch) -> None:
     """Forecasts that are as true of their counts and less of their times."""
-    monkeypatch.setattr("ebm_defense.eval.forecast.TIMED_SECONDS", 0.01)
+    monkeypatch.setattr("ebm_defense.eval.speed.forecast.TIMED_SECONDS", 0.01)
 
 
 @pytest.mark.usefixtures("briefly_timed")

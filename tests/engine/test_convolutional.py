@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from ebm_defense.energies import ACTIVATIONS, ConvEnergy, ConvEnergySettings, SoftLeakyReLU
+from ebm_defense.energies.conv import ACTIVATIONS, ConvEnergy, ConvEnergySettings, SoftLeakyReLU
 from ebm_defense.engine import ENGINES, Engine, choose_engine, prepare
 from ebm_defense.engine.autograd import energy_and_gradient
-from ebm_defense.engine.convolutional import ConvGradient, SoftBend
+from ebm_defense.engine.convolutional import ConvGradient, SoftActivation
 from ebm_defense.errors import UsageError
 from ebm_defense.langevin import LangevinSettings, Trace, run_chain
 from ebm_defense.noise import GeneratorNoise, KeyedNoise, chain_keys
@@ -75,7 +75,7 @@ def test_a_smooth_bend_rounds_its_slope_once():
     z = torch.tensor([-3.0, -1.0, -0.1, 0.0, 0.1, 3.0], dtype=torch.bfloat16)
     exact = z.double().requires_grad_()
     (slope,) = torch.autograd.grad(layer(exact).sum(), exact)
-    found = SoftBend(layer, z).forward(z)[1]
+    found = SoftActivation(layer, z).forward(z)[1]
     # 2^-9 for the slope and 2^-9 for z/r, whose error the mean with 1 makes no smaller.
     assert torch.equal(found[[0, 1, -1]], slope.bfloat16()[[0, 1, -1]])
     assert bool(((found.double() - slope).abs() <= 2**-9 * (slope + 1.0)).all())

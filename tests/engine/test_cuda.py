@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ebm_defense.energies import ConvEnergy, ConvEnergySettings, channels_last
+from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, channels_last
 from ebm_defense.engine.cuda_graphs import Move, run_graphed
 from ebm_defense.langevin import LangevinSettings, run_chain
 from ebm_defense.noise import KeyedNoise, chain_keys

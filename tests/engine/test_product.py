@@ -8,16 +8,16 @@ from torch import nn
 
 from ebm_defense import ConvEnergy, ConvEnergySettings, LangevinPurifier, PurifiedClassifier
 from ebm_defense.attacks import Full, Smoothed
-from ebm_defense.attacks.smoothed import Bending
-from ebm_defense.derivatives import arithmetic, hessian_product
-from ebm_defense.energies import SoftLeakyReLU
+from ebm_defense.attacks.gradients.smoothed import LentCurvature
+from ebm_defense.energies.conv import SoftLeakyReLU
 from ebm_defense.engine import ENGINES, Engine, prepare_product
+from ebm_defense.engine.derivatives import arithmetic, hessian_product
 from ebm_defense.engine.product import ConvProduct
 from ebm_defense.noise import chain_keys
 
 # Channels, size, width: the smallest, odd sizes, and the layouts that ship, narrow.
 SHAPES = [(1, 8, 2), (2, 9, 3), (3, 15, 2), (1, 28, 4), (3, 32, 4)]
-BENDING = {"soft_lrelu": None, "leaky_relu": Bending(0.3)}
+LENT_CURVATURE = {"soft_lrelu": None, "leaky_relu": LentCurvature(0.3)}
 
 
 def energy_of(channels=1, size=8, width=2, activation="soft_lrelu") -> ConvEnergy:
@@ -40,16 +40,16 @@ def state_and_vector(energy: ConvEnergy, count: int = 3) -> torch.Tensor:
     return both
 
 
-def by_autograd(energy, x, v, bending=None, precision="fp32"):
-    if bending is None:
+def by_autograd(energy, x, v, lent_curvature=None, precision="fp32"):
+    if lent_curvature is None:
         with arithmetic(precision, x.device):
             return hessian_product(energy, x, v)
-    with arithmetic(precision, x.device), bending:
+    with arithmetic(precision, x.device), lent_curvature:
         return hessian_product(energy, x, v)
 
 
-def by_engine(energy, x, v, bending=None, precision="fp32"):
-    lent = None if bending is None else bending.curvature
+def by_engine(energy, x, v, lent_curvature=None, precision="fp32"):
+    lent = None if lent_curvature is None else lent_curvature.curvature
     return prepare_product(energy, x, precision)(x, v, lent)
 
 
@@ -59,16 +59,16 @@ def off(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((norms[0] / norms[1]).max())
 
 
-@pytest.mark.parametrize("activation", BENDING)
+@pytest.mark.parametrize("activation", LENT_CURVATURE)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_product_is_double_backwards(shape, activation, count):
-    energy, bending = energy_of(*shape, activation), BENDING[activation]
+    energy, lent_curvature = energy_of(*shape, activation), LENT_CURVATURE[activation]
     x, v = state_and_vector(energy, count)
-    found = by_engine(energy, x, v, bending)
+    found = by_engine(energy, x, v, lent_curvature)
     assert found.dtype == torch.float32
-    assert off(found, by_autograd(energy, x, v, bending)) < 3e-6
-    exact = by_autograd(energy.double(), x.double(), v.double(), bending)
+    assert off(found, by_autograd(energy, x, v, lent_curvature)) < 3e-6
+    exact = by_autograd(energy.double(), x.double(), v.double(), lent_curvature)
     assert off(found, exact) < 3e-6
 
 
@@ -87,16 +87,19 @@ def test_activations_may_be_mixed_and_only_corners_are_lent_curvature():
     energy.f[3] = SoftLeakyReLU(slope=0.2, width=0.1)
     energy.f[5] = nn.LeakyReLU(0.3)
     x, v = state_and_vector(energy)
-    for bending in (None, Bending(0.3)):
-        assert off(by_engine(energy, x, v, bending), by_autograd(energy, x, v, bending)) < 5e-6
+    for lent_curvature in (None, LentCurvature(0.3)):
+        assert (
+            off(by_engine(energy, x, v, lent_curvature), by_autograd(energy, x, v, lent_curvature))
+            < 5e-6
+        )
 
 
-@pytest.mark.parametrize("activation", BENDING)
+@pytest.mark.parametrize("activation", LENT_CURVATURE)
 def test_images_do_not_mix_however_many_are_taken_at_once(activation):
-    energy, bending = energy_of(2, 9, 3, activation), BENDING[activation]
+    energy, lent_curvature = energy_of(2, 9, 3, activation), LENT_CURVATURE[activation]
     x, v = state_and_vector(energy, 5)
     product = ConvProduct(energy, "fp32")
-    lent = None if bending is None else bending.curvature
+    lent = None if lent_curvature is None else lent_curvature.curvature
     whole = product(x, v, lent)
     product.at_once = 2
     assert off(product(x, v, lent), whole) < 2e-6
@@ -114,26 +117,26 @@ def test_many_images_are_taken_a_few_at_once(monkeypatch):
     assert sizes == [2, 2, 1]
 
 
-@pytest.mark.parametrize("activation", BENDING)
+@pytest.mark.parametrize("activation", LENT_CURVATURE)
 def test_bf16_rounds_about_as_double_backward_in_bf16_does(activation):
-    energy, bending = energy_of(1, 28, 4, activation), BENDING[activation]
+    energy, lent_curvature = energy_of(1, 28, 4, activation), LENT_CURVATURE[activation]
     x, v = state_and_vector(energy, 4)
-    exact = by_autograd(energy, x, v, bending)
-    found = off(by_engine(energy, x, v, bending, "bf16"), exact)
-    assert 1e-4 < found < 1.5 * off(by_autograd(energy, x, v, bending, "bf16"), exact)
+    exact = by_autograd(energy, x, v, lent_curvature)
+    found = off(by_engine(energy, x, v, lent_curvature, "bf16"), exact)
+    assert 1e-4 < found < 1.5 * off(by_autograd(energy, x, v, lent_curvature, "bf16"), exact)
 
 
-@pytest.mark.parametrize("activation", BENDING)
+@pytest.mark.parametrize("activation", LENT_CURVATURE)
 def test_neither_grad_mode_nor_autocast_nor_layout_matters(activation):
-    energy, bending = energy_of(3, 9, 3, activation), BENDING[activation]
+    energy, lent_curvature = energy_of(3, 9, 3, activation), LENT_CURVATURE[activation]
     x, v = state_and_vector(energy)
     before = x.clone(), v.clone()
-    expected = by_engine(energy, x, v, bending)
+    expected = by_engine(energy, x, v, lent_curvature)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode(), torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(by_engine(energy, x, v, bending), expected)
+            assert torch.equal(by_engine(energy, x, v, lent_curvature), expected)
     last = [t.contiguous(memory_format=torch.channels_last) for t in (x, v)]
-    assert torch.equal(by_engine(energy, *last, bending), expected)
+    assert torch.equal(by_engine(energy, *last, lent_curvature), expected)
     assert not expected.requires_grad
     assert torch.equal(x, before[0])
     assert torch.equal(v, before[1])
@@ -187,13 +190,13 @@ def pulled(gradient, energy, purifier=LangevinPurifier, dtype=torch.float32):
     images, cotangent = state_and_vector(energy).to(dtype)
     keys = chain_keys(0, "test", range(3), range(2))
     found = gradient.purify(defense, images.sigmoid(), keys)
-    return found.pull(torch.stack([cotangent, cotangent.flip(0)]))
+    return found.vjp(torch.stack([cotangent, cotangent.flip(0)]))
 
 
 class Unprepared(LangevinPurifier):
     """A chain whose way back is double backward's."""
 
-    def prepared_pull(self, x, precision):
+    def prepared_vjp(self, x, precision):
         return None
 
 
@@ -218,7 +221,7 @@ def test_the_way_back_is_the_same_with_the_engine_and_without(activation, gradie
         sizes.append(len(x))
         return hessian_product(energy, x, v)
 
-    monkeypatch.setattr("ebm_defense.purifiers.hessian_product", recorded)
+    monkeypatch.setattr("ebm_defense.purifiers.base.hessian_product", recorded)
     torch.testing.assert_close(pulled(gradient, energy), expected, rtol=0.0, atol=1e-5)
     # Only the question whether there are corners, of one image, is put to torch itself.
     assert all(size == 1 for size in sizes)
@@ -249,7 +252,7 @@ def test_full_is_exactly_the_identity_without_curvature():
 class Own(LangevinPurifier):
     """A chain with a way back of its own."""
 
-    def pull_step(self, cotangent, x, noise, step):
+    def vjp_step(self, cotangent, x, noise, step):
         return 2.0 * cotangent
 
 
@@ -261,5 +264,5 @@ def test_a_purifiers_own_way_back_and_float64_are_kept(monkeypatch):
 
 
 class Flat(LangevinPurifier):
-    def pull_step(self, cotangent, x, noise, step):
+    def vjp_step(self, cotangent, x, noise, step):
         return cotangent

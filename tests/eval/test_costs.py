@@ -21,7 +21,7 @@ from ebm_defense.attacks import (
     Transfer,
 )
 from ebm_defense.eval import OneStage, Protocol, evaluate
-from ebm_defense.eval.folder import Shelf
+from ebm_defense.eval.storage.run_folder import MemoryStore
 
 runner = importlib.import_module("ebm_defense.eval.runner")
 
@@ -62,7 +62,7 @@ def job(counting_purifier):
     "rules", [{}, {"looks": "last", "verdict": OneStage()}, {"ensemble": True}]
 )
 def test_every_chain_step_is_counted_once(job, counting_purifier, rules) -> None:
-    done = runner.run(job(ATTACKS, **rules), Shelf())
+    done = runner.run(job(ATTACKS, **rules), MemoryStore())
     assert sum(done.costs["steps"].values()) == sum(counting_purifier.rows) * 7
 
 
@@ -71,7 +71,7 @@ def test_what_is_crafted_on_another_defense_is_counted_too(job, counting_purifie
     other = Transfer(attack=PGD_2, replicates=2, source=here.defense)
     twice = Transfer(attack=DEEP_FOOL, replicates=2, source=here.defense)
     assert (other.open_ended, twice.open_ended) == (False, True)
-    done = runner.run(job([other, twice]), Shelf())
+    done = runner.run(job([other, twice]), MemoryStore())
     assert sum(done.costs["steps"].values()) == sum(counting_purifier.rows) * 7
 
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from ebm_defense import PurifiedClassifier, Purifier, UsageError
 from ebm_defense.attacks import PGD, ThreatModel, Transfer
-from ebm_defense.eval import Protocol, evaluate, get_protocol, latex
+from ebm_defense.eval import Protocol, evaluate, get_protocol
+from ebm_defense.eval.reporting import latex
 from ebm_defense.files import load_tensors
 
 runner = importlib.import_module("ebm_defense.eval.runner")

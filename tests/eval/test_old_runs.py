@@ -11,8 +11,8 @@ import pytest
 from ebm_defense import load_data, load_defense
 from ebm_defense.commands.main import main
 from ebm_defense.eval import evaluate
-from ebm_defense.eval.compare import compare
-from ebm_defense.eval.reading import load_run
+from ebm_defense.eval.load_run import load_run
+from ebm_defense.eval.reporting.compare import compare
 
 OLD = Path(__file__).parents[1] / "fixtures" / "old_runs"
 RUNS = ["quick", "hill2021"]

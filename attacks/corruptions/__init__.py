@@ -1,0 +1,1 @@
+"""The common corruptions, made or read from files."""

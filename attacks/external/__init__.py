@@ -1,0 +1,1 @@
+"""Images that other libraries, models and networks make."""

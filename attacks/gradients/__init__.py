@@ -1,0 +1,1 @@
+"""How an attacker differentiates a stochastic defense: one file a gradient."""

@@ -1,0 +1,1 @@
+"""How an attacker moves through the threat model: one file an optimiser."""

@@ -1,0 +1,107 @@
+"""What several commands share: devices, and parts named on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tomli_w
+import torch
+from torch import nn
+
+from ebm_defense.errors import UsageError
+from ebm_defense.files import load_tensors, write_text
+from ebm_defense.purifiers.base import BASELINES, Purifier, as_purifier, baseline
+from ebm_defense.weights import DEFENSE, load_into, load_purifier, shipped_folder
+
+M = TypeVar("M", bound=nn.Module)
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def resolve_device(device: Device) -> torch.device:
+    """Return the device, or raise a `UsageError` where CUDA was asked for and is absent."""
+    present = torch.cuda.is_available()
+    if device == "cuda" and not present:
+        raise UsageError("CUDA was asked for, but torch sees no GPU here; use --device cpu.")
+    if device == "cpu" or not present:
+        return torch.device("cpu")
+    # torchrun starts a process a GPU and numbers them.
+    own = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda") if own is None else torch.device("cuda", int(own))
+
+
+def put_on(module: M, device: torch.device) -> M:
+    """Move a module to a device."""
+    return module.to(device)
+
+
+def factory(spec: str) -> Any:
+    """Import `package.module:name`, where name is a callable.
+
+    Raises:
+        UsageError: another form, or nothing of that name.
+    """
+    module, colon, name = spec.partition(":")
+    if not colon:
+        raise UsageError(f"{spec!r} must have the form package.module:factory.")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"{spec!r} cannot be imported ({error}).") from error
+    if not callable(found):
+        raise UsageError(f"{spec!r} is not callable; name a function or class that makes the part.")
+    return found
+
+
+def make_module(spec: str, weights: Path | None, what: str) -> nn.Module:
+    """Call a user's factory without arguments, and load a state_dict into what it makes."""
+    module = factory(spec)()
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"{spec} made no nn.Module for the {what}, but {type(module).__name__}.")
+    if weights is not None:
+        load_into(module, load_tensors(weights), str(weights))
+    return module.eval()
+
+
+def make_purifier(spec: str, steps: int | None = None) -> Purifier:
+    """Make a purifier from a shipped name, a folder, a baseline ("jpeg:75") or module:factory.
+
+    Raises:
+        UsageError: nothing of that name.
+    """
+    if (shipped_folder() / spec / DEFENSE).is_file() or (Path(spec) / DEFENSE).is_file():
+        return load_purifier(spec, **({} if steps is None else {"steps": steps}))
+    kind, colon, _ = spec.partition(":")
+    if colon and kind not in BASELINES:
+        return as_purifier(factory(spec)())
+    return baseline(spec)
+
+
+CHECKPOINT = "checkpoint.pt"
+
+
+def checkpoint_of(out: Path, resume: bool) -> Path | None:
+    """Return the checkpoint that a training in `out` goes on from; None if there is none yet.
+
+    Raises:
+        UsageError: there is one, and nobody said to go on from it.
+    """
+    path = out / CHECKPOINT
+    if path.exists() and not resume:
+        raise UsageError(f"{out} holds a checkpoint; go on with --resume, or name another folder.")
+    return path if path.exists() else None
+
+
+def write_settings(folder: Path, command: Any, name: str = "settings.toml") -> None:
+    """Write a command's options as a TOML file, which --config takes again."""
+    values = {k: _plain(v) for k, v in dataclasses.asdict(command).items() if v is not None}
+    write_text(folder / name, tomli_w.dumps(values))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value

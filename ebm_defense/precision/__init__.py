@@ -1,0 +1,1 @@
+"""Which faster arithmetic was shown to be harmless, and for what."""

@@ -1,0 +1,220 @@
+"""Whether bf16 chains purify as fp32 ones do: shown once for each energy, kept, looked up.
+
+Not being able to tell two precisions apart is no proof that they are alike. So each finding states
+the margin that was shown: the smallest at which two one-sided tests at 5% (Schuirmann 1987, TOST)
+both reject "the difference is larger", which is |mean| + 1.645 standard errors of the paired
+differences. Chains of both precisions start alike and feel the same noise.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ebm_defense.engine import Energy, choose_engine
+from ebm_defense.langevin import LangevinSettings, resolve_precision, run_chain
+from ebm_defense.noise import KeyedNoise, chain_keys
+from ebm_defense.precision.findings import keep, key_of, look_up
+
+CHAIN_STEPS = 12_800
+"""Chain-steps of a check in each precision: seconds on a CPU core for the shipped energies."""
+FEWEST, REFEREED, REFEREED_STEPS = 16, 4, 20
+SMALL = 20_000
+"""Energies of fewer parameters gain nothing from bf16 and are left in fp32, unchecked."""
+QUANTILE = 1.645
+
+_log = logging.getLogger("ebm_defense")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Margins:
+    """The largest differences between purified images that count as none.
+
+    Attributes:
+        energy: of the mean energy, in standard deviations of the energy over images.
+        mean: of the mean pixel, in [0, 1] units.
+        spread: of the root mean square distance that a chain moved, as a ratio less one.
+        accuracy: of the share classified correctly.
+    """
+
+    energy: float = 0.1
+    mean: float = 0.5 / 255
+    spread: float = 0.02
+    accuracy: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What a check showed; each margin is in the units of `Margins`.
+
+    Attributes:
+        equivalent: whether every margin shown is within the one allowed.
+        steps: length of the chains; shorter ones are covered.
+        chains: how many pairs.
+        energy, mean, spread: the margins shown, energies computed in float64.
+        accuracy: likewise, where a classifier was at hand.
+        referee_fp32, referee_bf16: root mean square pixel distance, in [0, 1] units, to a few
+            float64 chains of at most 20 steps.
+    """
+
+    equivalent: bool
+    steps: int
+    chains: int
+    energy: float
+    mean: float
+    spread: float
+    accuracy: float | None = None
+    referee_fp32: float = 0.0
+    referee_bf16: float = 0.0
+
+
+def checked_precision(energy: Energy, images: Tensor, settings: LangevinSettings) -> str:
+    """Return "bf16" where it is fast and was shown to purify as fp32 does, else "fp32".
+
+    The finding is looked up among those of the package and of the user's cache; where there is
+    none, the check is made now and kept.
+
+    Args:
+        energy: the energy.
+        images: `[b, C, H, W]` in [0, 1]; a check starts its chains from them.
+        settings: of the chain.
+    """
+    fastest = resolve_precision("fastest", images.device, images.dtype)
+    if fastest != "bf16" or not settings.steps or not len(images) or not _worth_it(energy):
+        return "fp32" if fastest == "bf16" else fastest
+    assert isinstance(energy, nn.Module)
+    key = finding_key(energy, images, settings)
+    finding = known_finding(key, settings.steps)
+    if finding is None:
+        finding = check(energy, images, settings)
+        keep(key, finding)
+        verdict = "is used" if finding.equivalent else "is not used: its margins are too wide"
+        _log.warning("bf16 chains were compared with fp32 ones; bf16 %s (%s).", verdict, finding)
+    return "bf16" if finding.equivalent else "fp32"
+
+
+def _worth_it(energy: Energy) -> bool:
+    if not isinstance(energy, nn.Module):
+        return False
+    return sum(p.numel() for p in energy.parameters()) >= SMALL
+
+
+def finding_key(energy: nn.Module, images: Tensor, settings: LangevinSettings) -> str:
+    """Return what a finding is about: weights, network, chain, engine and kind of device."""
+    chain = [settings.step_size, settings.temperature]
+    engine = choose_engine(energy, images, "bf16")
+    return key_of(energy, images.device, chain=chain, engine=engine)
+
+
+def known_finding(key: str, steps: int) -> Finding | None:
+    """Return a finding of the package or the cache that covers chains of this length."""
+    return next((f for f in look_up(key, Finding) if f.steps >= steps), None)
+
+
+def check(
+    energy: nn.Module,
+    images: Tensor,
+    settings: LangevinSettings,
+    *,
+    chains: int | None = None,
+    margins: Margins | None = None,
+    classify: Callable[[Tensor], Tensor] | None = None,
+    labels: Tensor | None = None,
+) -> Finding:
+    """Compare bf16 chains with fp32 chains of the same noise.
+
+    Args:
+        energy: the energy.
+        images: where chains start, `[b, C, H, W]` in [0, 1], repeated until there are enough.
+        settings: of the chains.
+        chains: how many; by default as many as `CHAIN_STEPS` allow, at least 16.
+        margins: what counts as no difference.
+        classify: maps purified images to logits, to compare accuracies too.
+        labels: `[b]`, with `classify`.
+    """
+    chains = chains or max(FEWEST, CHAIN_STEPS // settings.steps)
+    rows = torch.arange(chains, device=images.device) % len(images)
+    starts = images[rows].float()
+    ends = {p: _purified(energy, starts, settings, p) for p in ("fp32", "bf16")}
+    shown = _margins_shown(energy, starts, ends["fp32"], ends["bf16"])
+    if classify is not None and labels is not None:
+        right = {p: _right(classify, x, labels[rows]) for p, x in ends.items()}
+        shown["accuracy"] = share_margin(right["bf16"] - right["fp32"])
+    allowed = asdict(margins or Margins())
+    return Finding(
+        equivalent=all(value <= allowed[name] for name, value in shown.items()),
+        steps=settings.steps,
+        chains=chains,
+        **shown,
+        **_referee(energy, starts[:REFEREED], settings),
+    )
+
+
+def _purified(
+    energy: nn.Module, images: Tensor, settings: LangevinSettings, precision: str
+) -> Tensor:
+    keys = chain_keys(0, "precision", range(len(images)), range(1))[0].to(images.device)
+    x = run_chain(
+        images * 2.0 - 1.0, KeyedNoise(keys), energy=energy, settings=settings, precision=precision
+    )
+    return (x + 1.0) / 2.0
+
+
+def _margins_shown(
+    energy: nn.Module, starts: Tensor, exact: Tensor, fast: Tensor
+) -> dict[str, float]:
+    u_exact, u_fast = (_energies(energy, x) for x in (exact, fast))
+    moved_exact, moved_fast = (
+        (x - starts).double().flatten(1).norm(dim=1).clamp_min(1e-12) for x in (exact, fast)
+    )
+    return {
+        "energy": margin_shown((u_fast - u_exact) / u_exact.std().clamp_min(1e-12)),
+        "mean": margin_shown((fast - exact).double().flatten(1).mean(1)),
+        "spread": margin_shown((moved_fast / moved_exact).log()),
+    }
+
+
+def margin_shown(differences: Tensor) -> float:
+    """Return the smallest margin that TOST at 5% shows for the mean of these differences `[n]`."""
+    error = differences.std() / len(differences) ** 0.5
+    return float(differences.mean().abs() + QUANTILE * error)
+
+
+def share_margin(differences: Tensor) -> float:
+    """Return the margin that is shown for a difference of shares, of −1, 0 or 1 an image `[n]`."""
+    # One discordant pair more than were seen, or none at all would show a margin of 0.
+    n, mean = len(differences), float(differences.mean())
+    variance = (float(differences.abs().sum()) + 1.0) / n - mean**2
+    return abs(mean) + QUANTILE * (variance / n) ** 0.5
+
+
+@torch.no_grad()
+def _right(classify: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
+    parts = zip(images.split(400), labels.split(400), strict=True)
+    return torch.cat([(classify(x).argmax(-1) == y).double() for x, y in parts])
+
+
+@torch.no_grad()
+def _energies(energy: nn.Module, images: Tensor) -> Tensor:
+    exact = _in_double(energy)
+    return torch.cat([exact(x.double() * 2.0 - 1.0) for x in images.split(64)])
+
+
+def _in_double(energy: nn.Module) -> nn.Module:
+    return copy.deepcopy(energy).double()
+
+
+def _referee(energy: nn.Module, images: Tensor, settings: LangevinSettings) -> dict[str, float]:
+    few = LangevinSettings(
+        steps=min(settings.steps, REFEREED_STEPS),
+        step_size=settings.step_size,
+        temperature=settings.temperature,
+    )
+    truth = _purified(_in_double(energy), images.double(), few, "fp32")
+    ends = {p: _purified(energy, images, few, p) for p in ("fp32", "bf16")}
+    return {f"referee_{p}": float((x - truth).square().mean().sqrt()) for p, x in ends.items()}

@@ -1,0 +1,5 @@
+"""Purifiers: images in [0, 1] to images that are about in [0, 1], not clamped."""
+
+from ebm_defense.purifiers.base import LangevinPurifier, Purifier, SteppedPurifier
+
+__all__ = ["LangevinPurifier", "Purifier", "SteppedPurifier"]

@@ -1,0 +1,1 @@
+"""How work meets the machine: memory, batches, clocks."""

@@ -1,0 +1,1 @@
+"""Verdicts on fresh random draws, and what may be said of them."""

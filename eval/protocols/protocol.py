@@ -1,0 +1,294 @@
+"""An evaluation as a frozen, printable value; the published ones as presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from ebm_defense import attacks
+from ebm_defense.attacks import PGD, Attack, ThreatModel, Transfer
+from ebm_defense.attacks.gradients.base import Gradient
+from ebm_defense.errors import UsageError
+from ebm_defense.eval.judging.rules import OneStage, Rule, TwoStage
+from ebm_defense.eval.judging.sequential import Sequential
+from ebm_defense.eval.protocols.presets import (
+    STANDARD,
+    full_gradient,
+    mefa_attack,
+    member,
+    standard_attacks,
+)
+from ebm_defense.eval.storage.plain import build, describe
+from ebm_defense.files import writable_folder, write_text
+
+PUBLISHED_EPS = 8 / 255
+STEPS_ACROSS_EPS = 4  # the published step is 2/255 at eps 8/255
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What is run and how it is judged.
+
+    Attributes:
+        name: stands in every table.
+        attacks: each is judged on its own row.
+        judge_replicates: fresh draws H of a verification, at most, and of clean accuracy.
+        verdict: the rule by which draws become a verdict.
+        ensemble: whether each attack gets only the images that still stand after those before it,
+            so that the last row is the worst of all, image by image.
+        looks: a name in `LOOKS`: whether an attack's every look comes before the judge, or the
+            images that it ends with alone.
+
+    A protocol called "standard" that lacks a member of that ensemble is called "standard-partial".
+    """
+
+    name: str
+    attacks: tuple[Attack, ...]
+    judge_replicates: int
+    verdict: Rule = field(default_factory=TwoStage)
+    ensemble: bool = False
+    looks: str = "every"
+
+    def __post_init__(self) -> None:
+        if self.judge_replicates < 1:
+            raise UsageError(f"judge replicates must be at least 1, not {self.judge_replicates}.")
+        if not self.attacks:
+            raise UsageError("a protocol needs at least one attack.")
+        if self.looks not in LOOKS:
+            raise UsageError(f"looks is {self.looks!r}; choose one of {', '.join(LOOKS)}.")
+        # Here, so that no way to make a protocol can keep the name of one that does more.
+        if self.name == "standard" and not self._complete():
+            object.__setattr__(self, "name", "standard-partial")
+
+    def _complete(self) -> bool:
+        return self.ensemble and {member(a) for a in self.attacks} >= STANDARD
+
+    def save(self, path: str | Path) -> Path:
+        """Write the protocol to a TOML file that `load_protocol` reads, and return its path."""
+        file = Path(path).expanduser()
+        writable_folder(file.parent)
+        write_text(file, tomli_w.dumps(describe(self)))
+        return file
+
+    def __str__(self) -> str:
+        return tomli_w.dumps(describe(self))
+
+
+LOOKS = ("every", "last")
+VERDICTS: dict[str, Callable[..., Rule]] = {
+    "two-stage": TwoStage,
+    "one-stage": OneStage,
+    "sequential": Sequential,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The numbers of a BPDA+EOT evaluation; None keeps the preset's.
+
+    Attributes:
+        norm: "Linf", "L2" or "L1".
+        eps: in [0, 1] units.
+        steps: attack steps.
+        step_size: in [0, 1] units; a quarter of eps if not given.
+        replicates: attack replicates.
+        judge_replicates: verification replicates.
+        verdict: a name in `VERDICTS`.
+        alpha: error level of the sequential verdict.
+    """
+
+    norm: str | None = None
+    eps: float | None = None
+    steps: int | None = None
+    step_size: float | None = None
+    replicates: int | None = None
+    judge_replicates: int | None = None
+    verdict: str | None = None
+    alpha: float | None = None
+
+    def over(self, **preset: Any) -> dict[str, Any]:
+        """Return a preset's numbers, replaced by those given here; a step is a quarter of eps."""
+        given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        number = preset | given
+        return {"step_size": number["eps"] / STEPS_ACROSS_EPS} | number
+
+    def rule(self, preset: Rule) -> Rule:
+        """Return the verdict asked for, or the preset's.
+
+        Raises:
+            UsageError: an unknown verdict, or an alpha for one that has none.
+        """
+        if self.verdict is not None and self.verdict not in VERDICTS:
+            known = ", ".join(VERDICTS)
+            raise UsageError(f"unknown verdict {self.verdict!r}; choose one of {known}.")
+        rule = preset if self.verdict is None else VERDICTS[self.verdict]()
+        if self.alpha is None:
+            return rule
+        if not isinstance(rule, Sequential):
+            raise UsageError(f"the {rule.name} verdict has no alpha; the sequential one has.")
+        return dataclasses.replace(rule, alpha=self.alpha)
+
+
+Through = Callable[[], Gradient]
+"""Gives the gradient that goes through the chain of the defense at hand."""
+
+
+def _bpda(name: str, budget: Budget, transfer: bool, **preset: Any) -> Protocol:
+    number = budget.over(norm="Linf", eps=PUBLISHED_EPS, **preset)
+    pgd = PGD(
+        threat=ThreatModel(norm=number["norm"], eps=number["eps"]),
+        **{k: number[k] for k in ("steps", "step_size", "replicates")},
+    )
+    attacks: tuple[Attack, ...] = (pgd,)
+    if transfer:
+        attacks = (Transfer(attack=pgd, replicates=number["replicates"]), pgd)
+    return Protocol(
+        name=name,
+        attacks=attacks,
+        judge_replicates=number["judge_replicates"],
+        verdict=budget.rule(TwoStage()),
+    )
+
+
+def _hill2021(budget: Budget, through: Through) -> Protocol:
+    """BPDA+EOT as published by Hill, Mitchell, Zhu (2021), and their transfer attack."""
+    preset = {"steps": 50, "replicates": 15, "judge_replicates": 150}
+    return _bpda("hill2021", budget, transfer=True, **preset)
+
+
+def _lifecycle2022(budget: Budget, through: Through) -> Protocol:
+    """BPDA+EOT as published by Hill et al. (2022, EBM Life Cycle) for CIFAR-10."""
+    preset = {"steps": 50, "replicates": 48, "judge_replicates": 128}
+    return _bpda("lifecycle2022", budget, transfer=False, **preset)
+
+
+def _quick(budget: Budget, through: Through) -> Protocol:
+    """The same attack in minutes on a CPU: a first impression, not a result for a paper."""
+    preset = {"steps": 10, "replicates": 8, "judge_replicates": 32}
+    return _bpda("quick", budget, transfer=False, **preset)
+
+
+def _mefa2026(budget: Budget, through: Through) -> Protocol:
+    """PGD+EOT through every step of the chain, its last images validated once on the mean logits
+    of 100 fresh replicates, as published by Du, Hill, Cai (2026, MEFA).
+    """
+    preset = {"steps": 100, "replicates": 20, "judge_replicates": 100}
+    number = budget.over(norm="Linf", eps=PUBLISHED_EPS, **preset)
+    threat = ThreatModel(norm=number["norm"], eps=number["eps"])
+    attack = mefa_attack(threat, number["steps"], number["step_size"], number["replicates"])
+    return Protocol(
+        name="mefa2026",
+        attacks=(attack,),
+        judge_replicates=number["judge_replicates"],
+        verdict=budget.rule(OneStage()),
+        looks="last",
+    )
+
+
+def _standard(budget: Budget, through: Through) -> Protocol:
+    """Every kind of attack, the worst image by image, each on the images still standing: transfer,
+    BPDA-PGD, APGD on cross-entropy and DLR, DiffHammer and targeted APGD through the chain, Square.
+    """
+    preset = {"steps": 100, "replicates": 20, "judge_replicates": 150}
+    number = budget.over(norm="Linf", eps=PUBLISHED_EPS, **preset)
+    threat = ThreatModel(norm=number["norm"], eps=number["eps"])
+    sizes = (number["steps"], number["step_size"], number["replicates"])
+    return Protocol(
+        name="standard",
+        attacks=standard_attacks(threat, *sizes, through()),
+        judge_replicates=number["judge_replicates"],
+        verdict=budget.rule(Sequential()),
+        ensemble=True,
+    )
+
+
+PROTOCOLS: dict[str, Callable[[Budget, Through], Protocol]] = {
+    "quick": _quick,
+    "hill2021": _hill2021,
+    "lifecycle2022": _lifecycle2022,
+    "mefa2026": _mefa2026,
+    "standard": _standard,
+}
+
+
+def get_protocol(
+    name: str,
+    *,
+    through: Through = full_gradient,
+    **budget: Any,
+) -> Protocol:
+    """Return a preset, with some of its numbers replaced.
+
+    Args:
+        name: a name in `PROTOCOLS`.
+        through: gives the gradient through the chain that "standard" attacks with, see
+            `fitting_gradient`; `Full` if not given.
+        **budget: fields of `Budget`: norm, eps, steps, step_size, replicates, judge_replicates,
+            verdict, alpha.
+            A changed number shows in every table's footnote; the name stays.
+
+    Raises:
+        UsageError: an unknown name or number, or one out of range.
+    """
+    if name not in PROTOCOLS:
+        raise UsageError(f"unknown protocol {name!r}; choose one of {', '.join(PROTOCOLS)}.")
+    known = {f.name for f in dataclasses.fields(Budget)}
+    for key in budget:
+        if key not in known:
+            raise UsageError(
+                f"unknown protocol setting {key!r}; it has {', '.join(sorted(known))}."
+            )
+    return PROTOCOLS[name](Budget(**budget), through)
+
+
+def load_protocol(path: str | Path) -> Protocol:
+    """Read a protocol from a TOML file, as `Protocol.save` writes it.
+
+    Raises:
+        UsageError: no such file, no TOML, an unknown kind or key, by its path, or a value that
+            does not fit.
+    """
+    try:
+        plain = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"the protocol file {path} cannot be read ({error}).") from error
+    found = build({"kind": "Protocol"} | plain, _kinds(), str(path))
+    if not isinstance(found, Protocol):
+        raise UsageError(f"{path} holds no protocol; its kind must be Protocol.")
+    return found
+
+
+def restore_protocol(plain: dict[str, Any], kinds: Iterable[type] = ()) -> Protocol:
+    """Return the protocol that `describe` made `plain` of; a `KeptModel` stands for each model.
+
+    Args:
+        plain: from `describe`, or a run's settings.
+        kinds: frozen dataclasses of your own that it may hold, such as an attack.
+
+    Raises:
+        UsageError: it holds something unknown, or is no protocol of this version.
+    """
+    known = _kinds() | {kind.__name__: kind for kind in kinds}
+    try:
+        found = build(plain, known, "protocol", models=True)
+    except UsageError as error:
+        raise UsageError(
+            f"this run is of another version, or holds a class of yours, which load_run takes in "
+            f"kinds=[…] ({str(error).rstrip('.')})."
+        ) from error
+    if not isinstance(found, Protocol) or describe(found) != plain:
+        raise UsageError("these settings hold no protocol of this version; run it again.")
+    return found
+
+
+def _kinds() -> dict[str, type]:
+    """Return every kind of setting that a protocol may hold, by name."""
+    parts = [getattr(attacks, name) for name in attacks.__all__]
+    found = [Protocol, *VERDICTS.values(), *parts]
+    return {k.__name__: k for k in found if isinstance(k, type) and dataclasses.is_dataclass(k)}

@@ -1,0 +1,1 @@
+"""Tables, captions, flags, pictures and pages."""

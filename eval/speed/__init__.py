@@ -1,0 +1,1 @@
+"""How fast chains are here, and what an evaluation will take."""

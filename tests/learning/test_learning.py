@@ -1,0 +1,638 @@
+"""Banks, energies and classifiers learn what they should, and go on where they stopped."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from ebm_defense.classifiers import WideResNet, WideResNetSettings, normalized
+from ebm_defense.data import load_data
+from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
+from ebm_defense.errors import UsageError
+from ebm_defense.files import save_state
+from ebm_defense.langevin import LangevinSettings, run_chain
+from ebm_defense.learning.bank import Start, noisy_data, visit
+from ebm_defense.learning.classifier import (
+    ClassifierRecipe,
+    ClassifierTrainer,
+    _shift,
+    accuracy,
+)
+from ebm_defense.learning.energy import DivergedError, EnergyRecipe, EnergyTrainer
+from ebm_defense.noise import GeneratorNoise
+
+quick = settings(
+    deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def numbered(count: int, shape=(1, 2, 2)) -> torch.Tensor:
+    """Images that are their own number all over."""
+    return torch.arange(float(count)).view(-1, 1, 1, 1).expand(count, *shape).clone()
+
+
+# The bank
+
+
+def start_of(kind="data", noise=0.0, count=5) -> Start:
+    return Start(kind=kind, images=100 + numbered(count), noise=noise)
+
+
+def test_a_chain_that_is_never_renewed_is_taken_as_it_is():
+    bank = numbered(10)
+    rows, states = visit(bank, start_of(), 4, 0.0, seeded(0))
+    assert torch.equal(states, bank[rows])
+
+
+def test_a_chain_that_is_always_renewed_is_fresh():
+    _, states = visit(numbered(10), start_of(), 4, 1.0, seeded(0))
+    assert bool((states >= 100).all())
+
+
+@quick
+@given(bank=st.integers(1, 12), share=st.floats(0, 1), p=st.floats(0, 1), seed=st.integers(0, 99))
+def test_rows_are_drawn_without_replacement_and_the_bank_is_left_alone(bank, share, p, seed):
+    states_before = numbered(bank)
+    batch = max(1, int(share * bank))
+    rows, states = visit(kept := states_before.clone(), start_of(), batch, p, seeded(seed))
+    assert len(rows.unique()) == batch == len(states)
+    assert torch.equal(kept, states_before)
+    renewed = states[:, 0, 0, 0] >= 100
+    assert torch.equal(states[~renewed], states_before[rows[~renewed]])
+
+
+def test_chains_are_renewed_at_the_stated_rate():
+    _, states = visit(numbered(20_000), start_of(count=1), 20_000, 0.05, seeded(0))
+    fresh = int((states[:, 0, 0, 0] == 100).sum()) - 1  # the bank's own 100th state
+    # Binomial(20,000, 0.05): standard deviation 31.
+    assert abs(fresh - 1000) < 5 * 31
+
+
+def test_every_chain_is_visited_in_the_end():
+    generator = seeded(0)
+    seen = {int(r) for _ in range(60) for r in visit(numbered(10), start_of(), 2, 0, generator)[0]}
+    assert seen == set(range(10))
+
+
+def test_data_starts_are_images_with_noise():
+    x = noisy_data(numbered(3), 30_000, 0.1, seeded(0))
+    number = x.round()
+    # Uniform over three images, and residuals of standard deviation 0.1.
+    shares = number[:, 0, 0, 0].long().bincount() / 30_000
+    assert float((shares - 1 / 3).abs().max()) < 5 * math.sqrt(2 / 9 / 30_000)
+    assert abs(float((x - number).std()) / 0.1 - 1) < 5 / math.sqrt(2 * x.numel())
+    assert torch.equal(noisy_data(numbered(3), 5, 0.0, seeded(0)).round(), noisy_data(
+        numbered(3), 5, 0.0, seeded(0)
+    ))  # fmt: skip
+
+
+def test_uniform_starts_fill_the_box():
+    x = start_of("uniform").draw(2000, seeded(0))
+    assert x.shape == (2000, 1, 2, 2)
+    assert -1 <= float(x.min()) < -0.99
+    assert 0.99 < float(x.max()) <= 1
+    assert abs(float(x.mean())) < 5 / math.sqrt(3 * x.numel())
+
+
+def test_an_unknown_start_is_refused():
+    with pytest.raises(UsageError, match="data or uniform"):
+        start_of("gaussian")
+
+
+# Learning an energy
+
+
+class Gaussian(nn.Module):
+    """U(x) = ½‖x − m‖² with a learnable mean, whose chains are known in closed form."""
+
+    def __init__(self, mean: float = 0.0) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.full((1, 2, 2), mean))
+
+    def forward(self, x):
+        return 0.5 * (x - self.mean).square().flatten(1).sum(1)
+
+
+SPREAD = 0.2
+
+
+def gaussian_images(count=2000) -> torch.Tensor:
+    """Images in [0, 1] whose pixels, in [-1, 1] units, have means ±0.4 and deviation 0.2."""
+    mean = torch.tensor([0.4, -0.4, 0.4, -0.4]).view(1, 1, 2, 2)
+    return (mean + SPREAD * torch.randn(count, 1, 2, 2, generator=seeded(0)) + 1) / 2
+
+
+def gaussian_recipe(**options) -> EnergyRecipe:
+    # With temperature 0.04 and U of curvature 1 a converged chain has the data's deviation 0.2.
+    chain = LangevinSettings(steps=10, step_size=0.1, temperature=SPREAD**2)
+    base = {
+        "updates": 200, "batch": 100, "bank": 400, "langevin": chain, "data_noise": 0.0,
+        "adam_lr": 0.02, "final_lr": 2e-4, "start": "uniform", "average": 0.9,
+    }  # fmt: skip
+    return EnergyRecipe(**(base | options))
+
+
+@pytest.fixture(scope="module")
+def learned():
+    trainer = EnergyTrainer(Gaussian(), gaussian_images(), gaussian_recipe())
+    updates = list(trainer.run())
+    return trainer, updates
+
+
+def test_maximum_likelihood_finds_the_data_mean(learned):
+    trainer, _ = learned
+    target = gaussian_images().mean(0) * 2 - 1
+    # The weights rest where data and chains have one mean. A batch of each misses that by
+    # 0.2·sqrt(2/100) = 0.028 (one standard deviation), and the falling rate only averages it.
+    tolerance = 3 * SPREAD * math.sqrt(2 / 100)
+    assert float((trainer.energy.mean - target).abs().max().detach()) < tolerance
+    assert float((trainer.averaged.module.mean - target).abs().max().detach()) < tolerance
+
+
+def test_the_chains_of_a_learned_energy_look_like_the_data(learned):
+    bank = learned[0].bank.flatten(1)
+    data = gaussian_images().flatten(1) * 2 - 1
+    assert float((bank.mean(0) - data.mean(0)).abs().max()) < 0.08
+    assert abs(float(bank.std(0).mean()) / SPREAD - 1) < 0.2
+
+
+def test_updates_are_numbered_and_their_difference_dies_out(learned):
+    _, updates = learned
+    assert [u.number for u in updates] == list(range(1, 201))
+    late = torch.tensor([u.energy_difference for u in updates[-50:]])
+    assert abs(float(late.mean())) < 0.2 * abs(updates[0].energy_difference)
+
+
+def test_gradient_strength_is_the_mean_drift_in_displacement_units():
+    trainer = EnergyTrainer(
+        Gaussian(5.0),
+        gaussian_images(50),
+        gaussian_recipe(langevin=LangevinSettings(steps=1, step_size=1e-3), bank=50, batch=50),
+        precision="fp32",
+    )
+    drift = LangevinSettings(step_size=1e-3).drift
+    expected = drift * (trainer.bank - 5.0).flatten(1).norm(dim=1).mean()
+    # The one batch is the whole bank, which rejuvenation has renewed here and there.
+    update = next(trainer.run())
+    assert abs(update.gradient_strength / float(expected) - 1) < 0.05
+
+
+@pytest.mark.parametrize("target", [0.4, -0.4])
+def test_the_first_update_moves_the_mean_towards_the_data(target):
+    images = torch.full((10, 1, 2, 2), (target + 1) / 2)
+    trainer = EnergyTrainer(Gaussian(0.0), images, gaussian_recipe(rejuvenation=0.0))
+    next(trainer.run())
+    assert bool((trainer.energy.mean * target > 0).all())
+
+
+def test_one_sgd_update_is_the_likelihood_gradient():
+    recipe = gaussian_recipe(sgd_from=1, sgd_lr=0.5, updates=2, rejuvenation=0.0)
+    trainer = EnergyTrainer(Gaussian(), gaussian_images(), recipe, precision="fp32")
+    run = trainer.run()
+    next(run)
+    before, generator = trainer.energy.mean.detach().clone(), torch.Generator()
+    generator.set_state(trainer.generator.get_state())
+    _, states = visit(trainer.bank, trainer.start, 100, 0.0, generator)
+    negative = run_chain(
+        states, GeneratorNoise(generator), energy=trainer.energy, settings=recipe.langevin
+    )
+    positive = noisy_data(trainer.images, 100, 0.0, generator)
+    update = next(run)
+    # ∂/∂m [mean U(x⁺) − mean U(x⁻)] = mean x⁻ − mean x⁺; the two temperatures cancel.
+    expected = before - 0.5 * (negative.mean(0) - positive.mean(0))
+    torch.testing.assert_close(trainer.energy.mean.detach(), expected, rtol=1e-4, atol=1e-5)
+    difference = 0.5 * (positive - before).square().flatten(1).sum(1).mean()
+    difference -= 0.5 * (negative - before).square().flatten(1).sum(1).mean()
+    assert math.isclose(
+        update.energy_difference, float(difference) / SPREAD**2, rel_tol=1e-3, abs_tol=1e-4
+    )
+
+
+def test_positives_carry_the_data_noise():
+    recipe = gaussian_recipe(data_noise=0.7)
+    trainer = EnergyTrainer(Gaussian(), torch.full((5, 1, 2, 2), 0.5), recipe)
+    seen = []
+    trainer.energy.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    next(trainer.run())
+    positive = next(x for x in seen if not x.requires_grad)
+    assert abs(float(positive.std()) / 0.7 - 1) < 0.2
+
+
+def test_visited_chains_are_written_back_and_the_others_wait():
+    recipe = gaussian_recipe(batch=10, bank=50, rejuvenation=0.0)
+    trainer = EnergyTrainer(Gaussian(), gaussian_images(), recipe)
+    before = trainer.bank.clone()
+    next(trainer.run())
+    moved = (trainer.bank != before).flatten(1).any(1)
+    assert int(moved.sum()) == 10
+
+
+def test_the_running_average_follows_the_weights():
+    trainer = EnergyTrainer(Gaussian(), gaussian_images(), gaussian_recipe(average=0.5, updates=3))
+    weights = []
+    for _ in trainer.run():
+        weights.append(trainer.energy.mean.detach().clone())
+    expected = 0.5 * (0.5 * (weights[0] + weights[1]) + weights[2])
+    torch.testing.assert_close(trainer.averaged.module.mean.detach(), expected)
+
+
+def test_adams_rate_falls_from_first_to_last():
+    trainer = EnergyTrainer(Gaussian(), gaussian_images(), gaussian_recipe(updates=10))
+    rates = [trainer.optimiser.param_groups[0]["lr"] for _ in trainer.run()]
+    assert math.isclose(rates[0], 0.02)
+    assert rates == sorted(rates, reverse=True)
+    assert 2e-4 < rates[-1] < 1.5e-3
+
+
+def test_sgd_takes_over_from_the_stated_update():
+    recipe = gaussian_recipe(updates=6, sgd_from=3, sgd_lr=0.1)
+    trainer = EnergyTrainer(Gaussian(), gaussian_images(), recipe)
+    kinds = [(type(trainer.optimiser).__name__, u.number) for u in trainer.run()]
+    assert kinds == [("Adam", 1), ("Adam", 2), ("Adam", 3), ("SGD", 4), ("SGD", 5), ("SGD", 6)]
+    group = trainer.optimiser.param_groups[0]
+    assert math.isclose(group["lr"], 0.1 * SPREAD**2)
+    assert (group["momentum"], group["weight_decay"]) == (0, 0)
+
+
+# Going on
+
+
+def conv_trainer(**options) -> EnergyTrainer:
+    torch.manual_seed(0)
+    energy = ConvEnergy(ConvEnergySettings(channels=1, image_size=8, width=2))
+    chain = LangevinSettings(steps=3, step_size=0.05, temperature=1e-2)
+    base = {
+        "updates": 8, "batch": 5, "bank": 20, "langevin": chain, "adam_lr": 1e-2,
+        "rejuvenation": 0.3, "sgd_from": 5,
+    }  # fmt: skip
+    images = load_data("digits", "train").images[:60]
+    return EnergyTrainer(energy, images, EnergyRecipe(**(base | options)))
+
+
+def same_state(a, b) -> bool:
+    """Whether two nested states are equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same_state, a, b))
+    return bool(a == b)
+
+
+def energy_state(trainer: EnergyTrainer) -> dict:
+    return {
+        "energy": dict(trainer.energy.state_dict()),
+        "averaged": dict(trainer.averaged.state_dict()),
+        "optimiser": trainer.optimiser.state_dict(),
+        "bank": trainer.bank,
+        "generator": trainer.generator.get_state(),
+        "history": list(map(tuple, trainer.history)),
+    }
+
+
+# 0: before the first update; 3: in Adam's part; 5: at the change to SGD; 7: after it; 8: done.
+@pytest.mark.parametrize("stop", [0, 3, 5, 7, 8])
+def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, stop):
+    whole = conv_trainer()
+    updates = list(whole.run())
+
+    first = conv_trainer()
+    run = first.run()
+    for _ in range(stop):
+        next(run)
+    first.save(tmp_path / "state.pt")
+
+    second = conv_trainer(seed=99)
+    for p in second.energy.parameters():
+        nn.init.zeros_(p)
+    second.load(tmp_path / "state.pt")
+    assert second.done == stop
+    assert list(second.run()) == updates[stop:]
+    assert same_state(energy_state(second), energy_state(whole))
+
+
+def test_saving_does_not_change_the_run(tmp_path):
+    saved, whole = conv_trainer(), conv_trainer()
+    list(whole.run())
+    for _ in saved.run():
+        saved.save(tmp_path / "state.pt")
+    assert same_state(energy_state(saved), energy_state(whole))
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_the_global_generator_does_not_steer_learning():
+    whole, other = conv_trainer(), conv_trainer()
+    list(whole.run())
+    torch.manual_seed(77)
+    list(other.run())
+    assert same_state(energy_state(whole), energy_state(other))
+
+
+@pytest.mark.parametrize("content", [{"x": 1}, [1, 2], {"energy": {}}, torch.ones(3)])
+def test_what_is_no_checkpoint_is_refused(tmp_path, content):
+    save_state(tmp_path / "other.pt", content)
+    with pytest.raises(UsageError, match=r"other\.pt is no checkpoint"):
+        conv_trainer().load(tmp_path / "other.pt")
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    conv_trainer().save(tmp_path / "state.pt")
+    gaussian = EnergyTrainer(Gaussian(), gaussian_images(), gaussian_recipe())
+    with pytest.raises(UsageError, match="no checkpoint of this network"):
+        gaussian.load(tmp_path / "state.pt")
+
+
+def test_a_checkpoint_of_another_bank_is_refused(tmp_path):
+    conv_trainer(bank=10).save(tmp_path / "state.pt")
+    with pytest.raises(UsageError, match="no checkpoint of this network and recipe"):
+        conv_trainer(bank=20).load(tmp_path / "state.pt")
+
+
+def test_an_absent_or_truncated_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="does not exist"):
+        conv_trainer().load(tmp_path / "none.pt")
+    conv_trainer().save(tmp_path / "state.pt")
+    content = (tmp_path / "state.pt").read_bytes()
+    (tmp_path / "state.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UsageError, match="truncated"):
+        conv_trainer().load(tmp_path / "state.pt")
+
+
+# Divergence
+
+
+class Bomb(nn.Module):
+    """A tame energy that turns bad after some weight updates."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.updates = kind, 0
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        size = x.square().flatten(1).sum(1)
+        if self.updates < 3:
+            return self.weight * size
+        bad = {"explode": -1e3 * size, "nan": math.nan * size, "cliff": 1e9 * x.flatten(1).sum(1)}
+        return self.weight * bad[self.kind]
+
+
+@pytest.mark.parametrize("kind", ["explode", "nan", "cliff"])
+def test_divergence_stops_with_the_last_good_weights(kind):
+    recipe = gaussian_recipe(langevin=LangevinSettings(steps=5, step_size=0.1, temperature=0.1))
+    trainer = EnergyTrainer(Bomb(kind), gaussian_images(), recipe)
+    run = trainer.run()
+    for _ in range(3):
+        next(run)
+    trainer.energy.updates = 3
+    weight, averaged, bank = (
+        t.detach().clone()
+        for t in (trainer.energy.weight, trainer.averaged.module.weight, trainer.bank)
+    )
+    with pytest.raises(DivergedError, match="diverged at update 4"):
+        next(run)
+    assert torch.equal(trainer.energy.weight.detach(), weight)
+    assert torch.equal(trainer.averaged.module.weight.detach(), averaged)
+    assert torch.equal(trainer.bank, bank)
+    assert trainer.done == 3
+    assert all(math.isfinite(u.energy_difference) for u in trainer.history)
+
+
+def test_divergence_can_be_saved_and_gone_on_from(tmp_path):
+    trainer = EnergyTrainer(Bomb("nan"), gaussian_images(), gaussian_recipe())
+    trainer.energy.updates = 3
+    with pytest.raises(DivergedError):
+        list(trainer.run())
+    trainer.save(tmp_path / "state.pt")
+    again = EnergyTrainer(Bomb("nan"), gaussian_images(), gaussian_recipe())
+    again.load(tmp_path / "state.pt")
+    assert math.isfinite(next(again.run()).energy_difference)
+
+
+# Recipes
+
+
+@pytest.mark.parametrize(
+    ("bad", "word"),
+    [
+        ({"batch": 0}, "batch"),
+        ({"batch": 11, "bank": 10}, "batch"),
+        ({"rejuvenation": -0.1}, "rejuvenation"),
+        ({"rejuvenation": 1.1}, "rejuvenation"),
+        ({"rejuvenation": math.nan}, "rejuvenation"),
+        ({"average": 1.0}, "average"),
+        ({"average": -0.1}, "average"),
+        ({"updates": 0}, "updates"),
+        ({"sgd_from": 0}, "sgd_from"),
+        ({"langevin": LangevinSettings(steps=0)}, "steps"),
+    ],
+)
+def test_bad_energy_recipes_are_refused_by_name(bad, word):
+    with pytest.raises(UsageError, match=word):
+        EnergyRecipe(**bad)
+
+
+def test_an_unknown_start_of_a_recipe_is_refused():
+    with pytest.raises(UsageError, match="data or uniform"):
+        EnergyTrainer(Gaussian(), gaussian_images(), gaussian_recipe(start="noise"))
+
+
+@pytest.mark.parametrize(
+    ("bad", "word"),
+    [
+        ({"epochs": 0}, "epochs"),
+        ({"batch": 0}, "batch"),
+        ({"copies": 0}, "copies"),
+        ({"lr": 0.0}, "lr"),
+        ({"lr": math.nan}, "lr"),
+        ({"warmup": 1.0}, "warmup"),
+        ({"warmup": -0.1}, "warmup"),
+        ({"padding": -1}, "padding"),
+    ],
+)
+def test_bad_classifier_recipes_are_refused_by_name(bad, word):
+    with pytest.raises(UsageError, match=word):
+        ClassifierRecipe(**bad)
+
+
+# Learning a classifier
+
+
+def small_classifier(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    shape = WideResNetSettings(channels=1, classes=10, depth=10, widen=1)
+    return normalized(WideResNet(shape), 0.5, 0.5)
+
+
+def classifier_trainer(seed=0, images=None, **options) -> ClassifierTrainer:
+    data = load_data("digits", "train")
+    base = {"epochs": 4, "batch": 50, "padding": 1, "flip": False}
+    images = data.images[:200] if images is None else images
+    return ClassifierTrainer(
+        small_classifier(seed), images, data.labels[:200], ClassifierRecipe(**(base | options))
+    )
+
+
+def test_a_classifier_learns_the_digits():
+    train, test = load_data("digits", "train"), load_data("digits", "test")
+    recipe = ClassifierRecipe(epochs=4, batch=50, padding=0, flip=False)
+    classifier = small_classifier()
+    before = accuracy(classifier.eval(), *test)
+    epochs = list(ClassifierTrainer(classifier, *train, recipe).run())
+    assert before < 0.3
+    assert accuracy(classifier, *test) > 0.8
+    assert [e.number for e in epochs] == [1, 2, 3, 4]
+    assert epochs[-1].loss < epochs[0].loss
+    assert epochs[-1].accuracy > 0.8
+    assert not classifier.training
+
+
+def classifier_state(trainer: ClassifierTrainer) -> dict:
+    return {
+        "classifier": dict(trainer.classifier.state_dict()),
+        "optimiser": trainer.optimiser.state_dict(),
+        "generator": trainer.generator.get_state(),
+        "history": list(map(tuple, trainer.history)),
+    }
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 4])
+def test_a_resumed_classifier_is_the_uninterrupted_one(tmp_path, stop):
+    options = {"flip": True, "copies": 2}
+    whole = classifier_trainer(**options)
+    epochs = list(whole.run())
+
+    first = classifier_trainer(**options)
+    run = first.run()
+    for _ in range(stop):
+        next(run)
+    first.save(tmp_path / "state.pt")
+
+    second = classifier_trainer(seed=5, **options)
+    second.load(tmp_path / "state.pt")
+    assert list(second.run()) == epochs[stop:]
+    assert same_state(classifier_state(second), classifier_state(whole))
+
+
+def test_a_checkpoint_of_another_classifier_is_refused(tmp_path):
+    classifier_trainer().save(tmp_path / "state.pt")
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    data = load_data("digits", "train")
+    trainer = ClassifierTrainer(linear, *data, ClassifierRecipe())
+    with pytest.raises(UsageError, match="no checkpoint of this classifier"):
+        trainer.load(tmp_path / "state.pt")
+
+
+@pytest.mark.parametrize("content", [{"x": 1}, [1, 2], torch.ones(3)])
+def test_what_is_no_checkpoint_of_a_classifier_is_refused(tmp_path, content):
+    save_state(tmp_path / "other.pt", content)
+    with pytest.raises(UsageError, match=r"other\.pt is no checkpoint"):
+        classifier_trainer().load(tmp_path / "other.pt")
+
+
+def test_epochs_cycle_through_the_purified_copies():
+    asked = []
+
+    def copies(number: int) -> torch.Tensor:
+        asked.append(number)
+        return load_data("digits", "train").images[:200]
+
+    list(classifier_trainer(images=copies, epochs=5, copies=2).run())
+    assert asked == [0, 1, 0, 1, 0]
+
+
+def test_the_rate_rises_to_its_peak_and_falls_to_zero():
+    trainer = classifier_trainer(epochs=10, lr=0.4, warmup=0.25)
+    rates = []
+    for share in torch.linspace(0, 1, 101).tolist():
+        trainer._schedule(share)
+        rates.append(trainer.optimiser.param_groups[0]["lr"])
+    assert rates[0] == 0
+    assert math.isclose(max(rates), rates[25], rel_tol=1e-6)
+    assert math.isclose(rates[25], 0.4, rel_tol=1e-6)
+    assert rates[:26] == sorted(rates[:26])
+    assert rates[25:] == sorted(rates[25:], reverse=True)
+    assert abs(rates[-1]) < 1e-9
+
+
+def test_without_warmup_the_rate_starts_at_its_peak():
+    trainer = classifier_trainer(lr=0.4, warmup=0.0)
+    trainer._schedule(0.0)
+    assert math.isclose(trainer.optimiser.param_groups[0]["lr"], 0.4)
+
+
+def test_without_flip_and_padding_images_are_seen_as_they_are():
+    trainer = classifier_trainer(padding=0)
+    images = torch.rand(5, 1, 8, 8, generator=seeded(0))
+    assert torch.equal(trainer._augment(images), images)
+
+
+def test_flip_mirrors_about_half_of_the_images():
+    trainer = classifier_trainer(padding=0, flip=True)
+    images = torch.rand(1000, 1, 4, 4, generator=seeded(0))
+    seen = trainer._augment(images)
+    mirrored = (seen == images.flip(3)).flatten(1).all(1)
+    kept = (seen == images).flatten(1).all(1)
+    assert bool((mirrored ^ kept).all())
+    # Binomial(1000, 1/2): standard deviation 16.
+    assert abs(int(mirrored.sum()) - 500) < 5 * 16
+
+
+@quick
+@given(
+    padding=st.integers(1, 4),
+    height=st.integers(1, 6),
+    width=st.integers(1, 6),
+    channels=st.integers(1, 3),
+    seed=st.integers(0, 999),
+)
+def test_shift_moves_each_image_as_a_whole_and_fills_with_zero(
+    padding, height, width, channels, seed
+):
+    x = 1 + torch.rand(4, channels, height, width, generator=seeded(seed))
+    offsets = torch.randint(2 * padding + 1, (2, 4), generator=seeded(seed + 1))
+    shifted = _shift(x, padding, seeded(seed + 1))
+    for i in range(4):
+        down, right = (int(padding - o) for o in offsets[:, i])
+        expected = torch.zeros(channels, height, width)
+        for row in range(height):
+            for column in range(width):
+                if 0 <= row - down < height and 0 <= column - right < width:
+                    expected[:, row, column] = x[i, :, row - down, column - right]
+        assert torch.equal(shifted[i], expected)
+
+
+def test_every_shift_occurs():
+    x = torch.zeros(1, 1, 5, 5)
+    x[0, 0, 2, 2] = 1
+    shifted = _shift(x.expand(2000, 1, 5, 5), 2, seeded(0))
+    counts = shifted.sum(0).flatten()
+    # 25 places, 80 each on average, standard deviation 8.8.
+    assert float(counts.sum()) == 2000
+    assert float((counts - 80).abs().max()) < 5 * 8.8
+
+
+def test_accuracy_is_the_share_that_is_right():
+    class Brightness(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.anchor = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return F.one_hot((x.mean(dim=(1, 2, 3)) > 0.5).long(), 2).float()
+
+    images = torch.cat([torch.zeros(3, 1, 2, 2), torch.ones(4, 1, 2, 2)])
+    labels = torch.tensor([0, 0, 1, 1, 1, 1, 0])
+    assert accuracy(Brightness(), images, labels, batch=2) == 5 / 7
+    assert accuracy(Brightness(), images[:0], labels[:0]) == 0
