@@ -18,19 +18,40 @@ from ebm_defense.purifiers.base import BASELINES, Purifier, as_purifier, baselin
 from ebm_defense.weights import DEFENSE, load_into, load_purifier, shipped_folder
 
 M = TypeVar("M", bound=nn.Module)
-Device = Literal["auto", "cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 def resolve_device(device: Device) -> torch.device:
-    """Return the device, or raise a `UsageError` where CUDA was asked for and is absent."""
-    present = torch.cuda.is_available()
-    if device == "cuda" and not present:
+    """Return the device, which on a GPU is from now on this process's own.
+
+    "auto" is a GPU (CUDA or ROCm) where torch sees one, else the CPU; under torchrun each process
+    takes the GPU of its number (LOCAL_RANK).
+
+    Raises:
+        UsageError: a device that is not here, or more processes than GPUs.
+    """
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps was asked for, but torch sees no Apple GPU; use cpu.")
+    if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("CUDA was asked for, but torch sees no GPU here; use --device cpu.")
-    if device == "cpu" or not present:
-        return torch.device("cpu")
-    # torchrun starts a process a GPU and numbers them.
-    own = os.environ.get("LOCAL_RANK")
-    return torch.device("cuda") if own is None else torch.device("cuda", int(own))
+    if device in ("cpu", "mps") or not torch.cuda.is_available():
+        return torch.device("mps" if device == "mps" else "cpu")
+    own = torch.device("cuda", _own_gpu(torch.cuda.device_count()))
+    torch.cuda.set_device(own)
+    return own
+
+
+def _own_gpu(count: int) -> int:
+    """Return the number of this process's GPU: torchrun starts a process a GPU and numbers them."""
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None:
+        return torch.cuda.current_device()
+    if not rank.isdecimal() or int(rank) >= count:
+        raise UsageError(
+            f"this is process {rank} of torchrun's on this machine (LOCAL_RANK), which has "
+            f"{count} GPUs; start at most as many (--nproc-per-node {count}), or use --device cpu."
+        )
+    return int(rank)
 
 
 def put_on(module: M, device: torch.device) -> M:

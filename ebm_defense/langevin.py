@@ -7,18 +7,19 @@ energy's own [-1, 1] units.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ebm_defense.engine import Energy, EnergyGradient, energy_and_gradient, prepare
-from ebm_defense.engine.cuda_graphs import Move, run_graphed
+from ebm_defense.engine import Energy, EnergyGradient, energy_and_gradient, prepare, triton_kernels
+from ebm_defense.engine.cuda_graphs import run_graphed
 from ebm_defense.errors import UsageError
-from ebm_defense.noise import Noise, ahead
+from ebm_defense.noise import KeyedNoise, Noise, ahead, drawn_at
 
 __all__ = [
     "PRECISIONS",
@@ -66,6 +67,45 @@ class LangevinSettings:
         """The factor ε²/(2T) in front of the energy's gradient."""
         return self.step_size**2 / (2.0 * self.temperature)
 
+    @property
+    def move(self) -> Move:
+        """The update."""
+        return Move(self.drift, self.step_size)
+
+
+class Move(NamedTuple):
+    """The update of a chain, in place: x ← x − drift·∇U(x) + step_size·z."""
+
+    drift: float
+    step_size: float
+
+    def apply(self, x: Tensor, gradient: Tensor, z: Tensor) -> None:
+        """Move x `[b, C, H, W]` with noise z of its shape."""
+        x.sub_(gradient, alpha=self.drift).add_(z, alpha=self.step_size)
+
+    def draw(self, x: Tensor, gradient: Tensor, keys: Tensor, number: Tensor, ahead: int) -> None:
+        """Move x with the noise of `KeyedNoise(keys)`, drawn where x is; see `engine.base.Mover`.
+
+        One kernel where Triton proved itself there. It is the way of single steps and of graphs
+        alike, so that a chain does not depend on which of them took it.
+        """
+        if triton_kernels.fuses(x):
+            triton_kernels.move_(x, gradient, keys, number, ahead, *self)
+        else:
+            self.apply(x, gradient, KeyedNoise(keys).normals(number + ahead, x)[0])
+
+
+def moves(
+    move: Move, noise: Noise, steps: range, x: Tensor
+) -> Iterator[Callable[[Tensor, Tensor], None]]:
+    """Yield for each step what moves chains such as x by their gradient."""
+    if x.device.type == "cuda" and isinstance(noise, KeyedNoise) and noise.keys.device == x.device:
+        number = torch.tensor([steps.start], device=x.device)
+        for k in range(len(steps)):
+            yield partial(move.draw, keys=noise.keys, number=number, ahead=k)
+    else:
+        yield from (partial(move.apply, z=z) for z in ahead(noise, steps, x))
+
 
 class State(NamedTuple):
     """What the next step needs: positions `[b, C, H, W]` and the number of steps taken."""
@@ -109,7 +149,18 @@ def resolve_precision(precision: str, device: torch.device, dtype: torch.dtype) 
 def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu._is_avx512_bf16_supported())
+    return _cpu_has_bf16()
+
+
+@cache
+def _cpu_has_bf16() -> bool:
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # since torch 2.6
+    if asked is not None:
+        return bool(asked())
+    try:
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="ascii")
+    except OSError:
+        return False
 
 
 def _has_tf32(device: torch.device) -> bool:
@@ -184,13 +235,13 @@ def run_chain(
     precision = resolve_precision(precision, x.device, x.dtype)
     gradient = prepare(energy, x, precision, engine)
     steps = range(first, first + settings.steps)
+    noise = drawn_at(x.device, noise, len(x))
     if trace is not None:
         return _run_traced(x, noise, steps, gradient, settings, trace, snapshots)
-    move = Move(drift=settings.drift, step_size=settings.step_size)
-    x = x.detach().clone()
+    x, move = x.detach().clone(), settings.move
     done = run_graphed(x, noise, steps, gradient, move)
-    for z in ahead(noise, steps[done:], x):
-        move(x, gradient(x), z)
+    for take in moves(move, noise, steps[done:], x):
+        take(x, gradient(x))
     return x
 
 
@@ -204,11 +255,10 @@ def _run_traced(
     snapshots: Collection[int],
 ) -> Tensor:
     start, x = x.detach(), x.detach().clone()
-    move = Move(drift=settings.drift, step_size=settings.step_size)
-    for step, z in zip(steps, ahead(noise, steps, x), strict=True):
+    for step, take in zip(steps, moves(settings.move, noise, steps, x), strict=True):
         _snapshot(trace, snapshots, State(x, step))
         value, slope = gradient.with_energy(x)
-        move(x, slope, z)
+        take(x, slope)
         _record(trace, Info(value, slope / settings.temperature), x - start, settings)
     _snapshot(trace, snapshots, State(x, steps.stop))
     return x

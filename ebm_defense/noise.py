@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+_log = logging.getLogger("ebm_defense")
+
+LACKS_64_BITS = frozenset({"mps"})
+"""Kinds of devices without float64 and with few operations on 64-bit integers."""
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -41,6 +48,18 @@ def ahead(noise: Noise, steps: range, like: Tensor) -> Iterator[Tensor]:
     size = max(1, _AHEAD // max(like.numel(), 1))
     for k in range(0, len(steps), size):
         yield from noise.normals(steps[k : k + size], like)
+
+
+def drawn_at(device: torch.device, noise: Noise, chains: int) -> Noise:
+    """Return a chain's noise, drawn on the chain's device if it can be.
+
+    A generator of another device would hold every step up; it draws a key for each chain instead.
+    """
+    if not isinstance(noise, GeneratorNoise) or noise.generator.device.type == device.type:
+        return noise
+    where = noise.generator.device
+    draw = torch.randint(-(2**63), 2**63 - 1, (chains,), generator=noise.generator, device=where)
+    return KeyedNoise(draw.to(device))
 
 
 @dataclass(frozen=True)
@@ -78,8 +97,9 @@ class KeyedNoise:
     def normals(self, steps: range | Tensor, like: Tensor) -> Tensor:
         """Draw the noise of several steps, `[len(steps), b, C, H, W]`: `normal` of each."""
         size = math.prod(like.shape[1:])
-        bits = self._bits(steps, (size + 1) // 2).to(like.device)
-        return _box_muller(bits, like.dtype)[..., :size].view(len(steps), *like.shape)
+        bits = _moved(self._bits(steps, (size + 1) // 2), like.device)
+        normals = _box_muller(bits, like.dtype)[..., :size]
+        return normals.view(len(steps), *like.shape).to(like.device)
 
     def bits(self, step: int, count: int) -> Tensor:
         """Return `count` 64-bit words a chain for `step`, int64 `[b, count]`."""
@@ -87,17 +107,22 @@ class KeyedNoise:
 
     def _bits(self, steps: range | Tensor, count: int) -> Tensor:
         """Return `[len(steps), b, count]`; steps on the keys' device if they are a tensor."""
-        device, golden = self.keys.device, _signed(_GOLDEN)
+        keys, golden = self.keys, _signed(_GOLDEN)
+        if keys.device.type in LACKS_64_BITS:
+            _say_elsewhere(keys.device.type)
+            keys = keys.cpu()
+        device = keys.device
         if isinstance(steps, range):
             steps = torch.arange(steps.start, steps.stop, device=device)
-        step_keys = _splitmix(self.keys + (steps[:, None] + 1) * golden)
+        step_keys = _splitmix(keys + (steps[:, None] + 1) * golden)
         counter = torch.arange(1, count + 1, device=device) * golden
         return _splitmix(step_keys[..., None] + counter)
 
     def uniform(self, step: int, like: Tensor) -> Tensor:
         """Draw `[b, …]` uniform noise in [0, 1) of `like`'s shape for `step`."""
-        bits = self.bits(step, math.prod(like.shape[1:])).to(like.device)
-        return (((bits >> 40) & 0xFFFFFF).to(like.dtype) * 2.0**-24).view(like.shape)
+        bits = _moved(self.bits(step, math.prod(like.shape[1:])), like.device)
+        drawn = ((bits >> 40) & 0xFFFFFF).to(like.dtype) * 2.0**-24
+        return drawn.view(like.shape).to(like.device)
 
     def chunk(self, rows: slice) -> KeyedNoise:
         return KeyedNoise(self.keys[rows])
@@ -128,6 +153,16 @@ def derive_seed(seed: int, purpose: str) -> int:
 def fresh_seed() -> int:
     """Return a seed from the operating system's entropy."""
     return torch.Generator().seed() & (2**63 - 1)
+
+
+def _moved(bits: Tensor, device: torch.device) -> Tensor:
+    """Move 64-bit words to a device that has them; elsewhere only the floats are moved."""
+    return bits if device.type in LACKS_64_BITS else bits.to(device)
+
+
+@cache
+def _say_elsewhere(kind: str) -> None:
+    _log.warning("%s lacks 64-bit arithmetic; its noise is made on the CPU and moved there.", kind)
 
 
 def _signed(value: int) -> int:

@@ -24,6 +24,7 @@ from ebm_defense.attacks.threat import NORMS, ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import derive_seed
+from ebm_defense.runtime.memory import is_full
 
 Calls = Callable[[SimpleNamespace], int]
 """An attack class's parameters to how often it asks the model of an image that stands."""
@@ -239,7 +240,7 @@ def _check_class(kind: type[LibraryAttack], attack: str, norm: str) -> None:
 
 def _raise_if_out_of_memory(error: Exception) -> None:
     """Let through the one failure that is not the library's."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if is_full(error):
         raise error
 
 

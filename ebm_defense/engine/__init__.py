@@ -14,6 +14,7 @@ from ebm_defense.engine.convolutional import ConvGradient, supports
 from ebm_defense.engine.product import ConvProduct
 from ebm_defense.engine.report import fell_back
 from ebm_defense.errors import UsageError
+from ebm_defense.runtime.memory import is_full
 
 __all__ = [
     "ENGINES",
@@ -63,7 +64,7 @@ def prepare(energy: Energy, x: Tensor, precision: str, engine: str = "auto") -> 
     try:
         return ENGINES[name].prepare(energy, x, precision)
     except (RuntimeError, NotImplementedError, AttributeError) as error:
-        fell_back(name, _kind(energy), str(error).partition("\n")[0])
+        _fell_back(name, energy, error)
         return AutogradGradient(energy, precision)
 
 
@@ -74,8 +75,15 @@ def prepare_product(energy: Energy, x: Tensor, precision: str) -> HessianProduct
     try:
         return product and product(energy, x, precision)
     except (RuntimeError, NotImplementedError, AttributeError) as error:
-        fell_back(f"{name} products", _kind(energy), str(error).partition("\n")[0])
+        _fell_back(f"{name} products", energy, error)
         return None
+
+
+def _fell_back(name: str, energy: Energy, error: Exception) -> None:
+    """Say so, but where memory is full: fewer chains are then faster than another engine."""
+    if is_full(error):
+        raise error
+    fell_back(name, _kind(energy), str(error).partition("\n")[0])
 
 
 def _kind(energy: Energy) -> str:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+
 import torch
 from torch import Tensor
 
 from ebm_defense.engine.base import Energy
-from ebm_defense.engine.derivatives import tf32
+from ebm_defense.engine.derivatives import repeatable, tf32
 from ebm_defense.errors import UsageError
 
 
 class AutogradGradient:
     """∇U of any energy, by autograd under autocast where the precision is bf16."""
+
+    signature: Hashable = None  # anybody's code, which may keep a state or wait for the host
+    reads: Sequence[Tensor] = ()
 
     def __init__(self, energy: Energy, precision: str) -> None:
         self.energy, self.precision = energy, precision
@@ -33,7 +38,12 @@ def energy_and_gradient(
     """
     # Attack libraries predict under no_grad and some callers under inference_mode, but the
     # chain always needs this one gradient.
-    with torch.inference_mode(False), torch.enable_grad(), tf32(precision == "tf32", x.device):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        tf32(precision == "tf32", x.device),
+        repeatable(x.device),
+    ):
         x = x.clone() if x.is_inference() else x.detach()
         x.requires_grad_()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):

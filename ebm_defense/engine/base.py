@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -11,7 +11,20 @@ Energy = Callable[[Tensor], Tensor]
 
 
 class EnergyGradient(Protocol):
-    """∇U of one energy, made once a chain and called once a step, in any grad mode."""
+    """∇U of one energy, made once a chain and called once a step, in any grad mode.
+
+    Attributes:
+        signature: what its kernels depend on, but for the numbers in `reads` and the images' shape
+            and dtype; None for one whose kernels nobody knows, which is never captured in a graph.
+        reads: the tensors that hold the weights. A copy of the gradient (`copy.deepcopy`) given the
+            numbers of another's, of the same signature, is the other gradient.
+    """
+
+    @property
+    def signature(self) -> Hashable: ...
+
+    @property
+    def reads(self) -> Sequence[Tensor]: ...
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return ∇U(x), of the shape and dtype of x `[b, C, H, W]`."""
@@ -19,6 +32,22 @@ class EnergyGradient(Protocol):
 
     def with_energy(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return U(x) `[b]` and ∇U(x)."""
+        ...
+
+
+class Mover(Protocol):
+    """Moves chains by their gradient and by noise that it draws where they are."""
+
+    def draw(self, x: Tensor, gradient: Tensor, keys: Tensor, number: Tensor, ahead: int) -> None:
+        """Take one step on x `[b, C, H, W]`, in place, with the noise of `KeyedNoise(keys)`.
+
+        Args:
+            x: the states.
+            gradient: at them.
+            keys: of the chains, int64 `[b]`.
+            number: int64 `[1]`, on the device, so that a graph can count it up.
+            ahead: how many steps after that number this one comes.
+        """
         ...
 
 

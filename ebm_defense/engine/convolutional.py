@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from torch.nn.utils import parametrize
 
 from ebm_defense.energies.conv import ConvEnergy, SoftLeakyReLU
 from ebm_defense.engine.base import Energy
-from ebm_defense.engine.derivatives import tf32
+from ebm_defense.engine.derivatives import repeatable, tf32
 from ebm_defense.engine.fused import Map, convolution
-from ebm_defense.engine.subpixel import Convolution, best_blocks
+from ebm_defense.engine.subpixel import Blocks, Convolution, best_blocks
 
 
 class Activation:
@@ -29,6 +30,7 @@ class Activation:
 
     def __init__(self, activation: nn.LeakyReLU, like: Tensor) -> None:
         self.slope = activation.negative_slope
+        self.signature = ("leaky_relu", self.slope)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the activation of `z`, already applied by the convolution, and what to keep."""
@@ -53,6 +55,7 @@ class SoftActivation:
     def __init__(self, activation: SoftLeakyReLU, like: Tensor) -> None:
         self.a, self.e = (1.0 - activation.slope) / 2.0, activation.width
         self.square, self.one = like.new_full((), self.e**2), like.new_ones(())
+        self.signature = ("soft_lrelu", self.a, self.e)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the activation of `z` and its slope there."""
@@ -80,6 +83,7 @@ class Layer:
         example = (1, c.fan_in, size, size)
         self.forward = convolution(weight, bias, c.stride, c.padding, example, self.bend.slope)
         self.backward = input_gradient(c, weight)
+        self.signature = (c, self.bend.signature)
 
 
 def shape_and_weights(
@@ -115,18 +119,22 @@ def input_gradient(conv: Convolution, weight: Tensor) -> Map:
     example = weight.new_empty(1, conv.fan_out, conv.out, conv.out)
     padded, padding = blocks.pad(example)
     dense = convolution(blocks.weight(weight), None, blocks.stride, padding, tuple(padded.shape))
-    return lambda g: blocks.assemble(dense(blocks.pad(g)[0]))
+    return Map(partial(_by_blocks, blocks=blocks, dense=dense.run), dense.reads)
+
+
+def _by_blocks(g: Tensor, *weights: Tensor, blocks: Blocks, dense: Callable[..., Tensor]) -> Tensor:
+    return blocks.assemble(dense(blocks.pad(g)[0], *weights))
 
 
 def _library_gradient(c: Convolution, weight: Tensor) -> Map:
+    return Map(partial(_by_library, c=c), (weight,))
+
+
+def _by_library(g: Tensor, weight: Tensor, *, c: Convolution) -> Tensor:
     geometry = [c.stride] * 2, [c.padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False]
-
-    def apply(g: Tensor) -> Tensor:
-        # Only the input's shape is read where no weight gradient is asked for.
-        like = g.new_empty((1,)).expand(len(g), c.fan_in, c.size, c.size)
-        return torch.ops.aten.convolution_backward(g, like, weight, None, *geometry)[0]
-
-    return apply
+    # Only the input's shape is read where no weight gradient is asked for.
+    like = g.new_empty((1,)).expand(len(g), c.fan_in, c.size, c.size)
+    return torch.ops.aten.convolution_backward(g, like, weight, None, *geometry)[0]
 
 
 class ConvGradient:
@@ -145,6 +153,14 @@ class ConvGradient:
         weight = last.weight.detach().to(dtype)
         self.slope = weight.contiguous(memory_format=torch.channels_last)
         self.bias = last.bias.detach()
+        layers = tuple(layer.signature for layer in self.layers)
+        self.signature = (layers, tuple(weight.shape), dtype, precision)
+
+    @property
+    def reads(self) -> list[Tensor]:
+        """The tensors made of the network's weights."""
+        maps = [m for layer in self.layers for m in (layer.forward, layer.backward)]
+        return [tensor for m in maps for tensor in m.reads] + [self.slope, self.bias]
 
     @classmethod
     @torch.no_grad()
@@ -168,7 +184,11 @@ class ConvGradient:
 
     @contextmanager
     def _as_asked(self, x: Tensor) -> Iterator[None]:
-        with torch.autocast(x.device.type, enabled=False), tf32(self.precision == "tf32", x.device):
+        with (
+            torch.autocast(x.device.type, enabled=False),
+            tf32(self.precision == "tf32", x.device),
+            repeatable(x.device),
+        ):
             yield
 
     def _forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:

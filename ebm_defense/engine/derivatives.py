@@ -124,17 +124,56 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
 def tf32(allowed: bool, device: torch.device) -> Iterator[None]:
     """Let CUDA round the factors of fp32 products to TF32, or not; leave other devices alone.
 
-    torch's own default rounds those of convolutions but not those of matrix products.
+    torch's own default rounds those of convolutions but not those of matrix products. What it was
+    told before is put back, in the older settings (`allow_tf32`) and the newer (`fp32_precision`).
     """
     if device.type != "cuda":
         yield
         return
-    switches: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [switch.allow_tf32 for switch in switches]
+    undo: list[tuple[Any, str, Any]] = []
     try:
-        for switch in switches:
-            switch.allow_tf32 = allowed
+        for switch, name, value in _rounding(allowed):
+            before = getattr(switch, name)
+            if before != value:
+                undo.append((switch, name, before))
+                setattr(switch, name, value)
         yield
     finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
+        for switch, name, before in reversed(undo):
+            _put_back(switch, name, before)
+
+
+def _rounding(allowed: bool) -> Iterator[tuple[Any, str, Any]]:
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        # The common one first: settings that nobody made follow it, and are left unmade.
+        for switch in (cudnn, matmul, cudnn.conv):
+            yield switch, "fp32_precision", "tf32" if allowed else "ieee"
+    else:
+        yield from ((switch, "allow_tf32", allowed) for switch in (cudnn, matmul))
+
+
+def _put_back(switch: Any, name: str, before: Any) -> None:
+    if name == "fp32_precision":
+        switch.fp32_precision = "none"  # so that what was only inherited is so again
+    if getattr(switch, name) != before:
+        setattr(switch, name, before)
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Let cuDNN choose its convolutions by their shapes alone, so that twice gives the same bits.
+
+    Timing them (`benchmark`) or adding in any order would make a chain run again another chain.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before

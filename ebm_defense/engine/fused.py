@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,23 @@ from torch.nn import functional as F
 
 from ebm_defense.engine import triton_kernels
 
-Map = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Map:
+    """A linear map and what follows it, as a function of its input and of tensors that it reads.
+
+    The tensors stand apart, so that a captured graph can be given other weights.
+
+    Attributes:
+        run: maps the input and the tensors to the output.
+        reads: the tensors.
+    """
+
+    run: Callable[..., Tensor]
+    reads: tuple[Tensor, ...] = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.run(x, *self.reads)
 
 
 def convolution(
@@ -32,30 +50,42 @@ def convolution(
         shape: an input's shape, for which the weights are packed; other batch sizes work too.
         slope: of the LeakyReLU.
     """
-    fused = _fused(weight, bias, stride, padding, shape, slope)
-    return fused or _plain(weight, bias, stride, padding, slope)
+    packed = _packed(weight, bias, stride, padding, shape, slope)
+    return packed or _plain(weight, bias, stride, padding, slope)
 
 
 def _plain(
     weight: Tensor, bias: Tensor | None, stride: int, padding: int, slope: float | None
 ) -> Map:
     weight = weight.contiguous(memory_format=torch.channels_last)
-
-    def apply(x: Tensor) -> Tensor:
-        y = F.conv2d(x, weight, bias, stride, padding)
-        return y if slope is None else F.leaky_relu_(y, slope)
-
-    def apply_fused(x: Tensor) -> Tensor:
-        y = F.conv2d(x, weight, None, stride, padding)
-        assert bias is not None
-        assert slope is not None
-        return triton_kernels.bias_leaky_(y, bias, slope)
-
-    fuses = bias is not None and slope is not None and triton_kernels.works(weight.device)
-    return apply_fused if fuses else apply
+    geometry: dict[str, Any] = {"stride": stride, "padding": padding, "slope": slope}
+    if bias is None:
+        return Map(partial(_convolve, **geometry), (weight,))
+    fuses = slope is not None and triton_kernels.works(weight.device)
+    run = _convolve_and_bend if fuses else _convolve
+    return Map(partial(run, **geometry), (weight, bias))
 
 
-def _fused(
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int,
+    padding: int,
+    slope: float | None,
+) -> Tensor:
+    y = F.conv2d(x, weight, bias, stride, padding)
+    return y if slope is None else F.leaky_relu_(y, slope)
+
+
+def _convolve_and_bend(
+    x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, padding: int, slope: float
+) -> Tensor:
+    return triton_kernels.bias_leaky_(F.conv2d(x, weight, None, stride, padding), bias, slope)
+
+
+def _packed(
     weight: Tensor,
     bias: Tensor | None,
     stride: int,
@@ -75,4 +105,4 @@ def _fused(
         packed = pack(weight.to_mkldnn(), *geometry, list(shape))
     except (AttributeError, RuntimeError):
         return None
-    return lambda x: run(x, packed, bias, *geometry, *activation, None)
+    return Map(lambda x: run(x, packed, bias, *geometry, *activation, None))

@@ -9,6 +9,7 @@ kernels that do one operation each; without Triton, or where a kernel fails, tor
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -43,13 +44,13 @@ if triton is not None:
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB
         return z ^ (z >> 31)
 
-    @triton.jit
-    def _move(x, gradient, keys, number, size, drift, step_size, block: tl.constexpr):
+    @triton.jit(do_not_specialize=["ahead"])
+    def _move(x, gradient, keys, number, ahead, size, drift, step_size, block: tl.constexpr):
         chain = tl.program_id(0).to(tl.int64)
         half = (size + 1) // 2
         pair = tl.program_id(1) * block + tl.arange(0, block)
         golden = tl.full((), 0x9E3779B97F4A7C15, tl.uint64)
-        step = tl.load(number).to(tl.uint64) + 1
+        step = (tl.load(number) + ahead + 1).to(tl.uint64)
         key = _mix(tl.load(keys + chain).to(tl.uint64) + golden * step)
         bits = _mix(key + (pair + 1).to(tl.uint64) * golden)
         high = ((bits >> 32).to(tl.float32) + 0.5) * 2.3283064365386963e-10
@@ -89,21 +90,39 @@ def agrees_with_torch(device: torch.device) -> bool:
     x, slope = torch.randn(2, 3, 3, 3, 5, generator=generator).to(device)[:, :2]
     noise = KeyedNoise(torch.tensor([7, -3], device=device))
     moved = x - 0.5 * slope + 0.1 * noise.normal(9, x)
-    move_(x, slope, noise.keys, torch.tensor([9], device=device), 0.5, 0.1)
+    move_(x, slope, noise.keys, torch.tensor([7], device=device), 2, 0.5, 0.1)
     same = torch.allclose(bias_leaky_(z, bias, 0.05), bent, atol=1e-6)
     return same and torch.allclose(x, moved, atol=1e-5)
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether `move_` takes these states."""
+    return x.dtype == torch.float32 and x.is_contiguous() and works(x.device)
+
+
+def _launching(x: Tensor) -> AbstractContextManager[object]:
+    """Launch where the tensor is: Triton launches on the process's current device."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
 def bias_leaky_(z: Tensor, bias: Tensor, slope: float) -> Tensor:
     """Return z `[b, C, H, W]` with a bias `[C]` added and bent; in place if in channels_last."""
     z = z.contiguous(memory_format=torch.channels_last)
     count, channels = z.numel(), z.shape[1]
-    _bias_leaky[(triton.cdiv(count, BLOCK),)](z, bias, count, channels, slope, block=BLOCK)
+    if count:
+        with _launching(z):
+            _bias_leaky[(triton.cdiv(count, BLOCK),)](z, bias, count, channels, slope, block=BLOCK)
     return z
 
 
 def move_(
-    x: Tensor, gradient: Tensor, keys: Tensor, number: Tensor, drift: float, step_size: float
+    x: Tensor,
+    gradient: Tensor,
+    keys: Tensor,
+    number: Tensor,
+    ahead: int,
+    drift: float,
+    step_size: float,
 ) -> None:
     """Take x ← x − drift·gradient + step_size·z in place, z being `KeyedNoise`'s at that step.
 
@@ -111,10 +130,14 @@ def move_(
         x: fp32 `[b, C, H, W]`, contiguous.
         gradient: likewise, fp32 or bf16.
         keys: int64 `[b]`.
-        number: int64 `[1]`, the step, on the device, so that a CUDA graph can count it up.
+        number: int64 `[1]`, a step, on the device, so that a CUDA graph can count it up.
+        ahead: how many steps after it this one comes.
         drift: the factor of the gradient.
         step_size: the factor of the noise.
     """
     size = math.prod(x.shape[1:])
     grid = (len(x), triton.cdiv((size + 1) // 2, BLOCK))
-    _move[grid](x, gradient.contiguous(), keys, number, size, drift, step_size, block=BLOCK)
+    with _launching(x):
+        _move[grid](
+            x, gradient.contiguous(), keys, number, ahead, size, drift, step_size, block=BLOCK
+        )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ebm_defense.errors import UsageError
+from ebm_defense.runtime.memory import is_full
 
 T = TypeVar("T")
 Work = Callable[[Tensor, Tensor], object]
@@ -63,8 +64,10 @@ class Packing:
         while True:
             try:
                 return work()
-            except torch.OutOfMemoryError as error:
-                reason = str(error).splitlines()[0]
+            except (RuntimeError, MemoryError) as error:
+                if not is_full(error):
+                    raise
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
             # Outside the handler, which would keep the failed work's tensors alive.
             self.halve(reason)
             if torch.cuda.is_available():

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, channels_last
-from ebm_defense.engine.cuda_graphs import Move, run_graphed
-from ebm_defense.langevin import LangevinSettings, run_chain
+from ebm_defense.engine.cuda_graphs import run_graphed
+from ebm_defense.langevin import LangevinSettings, Move, run_chain
 from ebm_defense.noise import KeyedNoise, chain_keys
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")

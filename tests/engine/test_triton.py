@@ -32,6 +32,6 @@ def test_both_kernels_agree_with_torch():
 def test_the_fused_update_feels_the_keyed_noise(shape):
     noise = KeyedNoise(torch.arange(shape[0], device=DEVICE) * 1_000_003 - 5)
     x = torch.zeros(shape, device=DEVICE)
-    number = torch.tensor([41], device=DEVICE)
-    triton_kernels.move_(x, torch.zeros_like(x), noise.keys, number, 1.0, 1.0)
+    number = torch.tensor([40], device=DEVICE)
+    triton_kernels.move_(x, torch.zeros_like(x), noise.keys, number, 1, 1.0, 1.0)
     torch.testing.assert_close(x, noise.normal(41, x), rtol=0, atol=1e-5)

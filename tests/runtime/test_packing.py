@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ebm_defense import PurifiedClassifier, UsageError
+from ebm_defense.engine import ENGINES, Engine, prepare, prepare_product
 from ebm_defense.runtime.packing import LARGEST, USUAL, Packing, chains_in
 
 
@@ -51,6 +52,45 @@ def test_the_classifier_may_be_what_does_not_fit(langevin_defense, images, monke
     monkeypatch.setattr(defense.classifier, "forward", small)
     torch.testing.assert_close(defense(images), expected, rtol=0, atol=1e-12)
     assert defense.max_chains == 3
+
+
+FULL = [
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+    RuntimeError("HIP out of memory. Tried to allocate 2 MiB"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_full_memory_is_known_by_whoever_says_it(error):
+    packing, tries = Packing(8), []
+
+    def work():
+        tries.append(packing.chains)
+        if packing.chains > 2:
+            raise error
+        return "done"
+
+    assert packing.fitting(work) == "done"
+    assert tries == [8, 4, 2]
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_no_engine_takes_full_memory_for_a_reason_to_be_slower(error, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setitem(ENGINES, "convolutional", Engine(lambda *_: True, fail, fail))
+    x = torch.zeros(1, 1, 8, 8)
+    for ask in (prepare, prepare_product):
+        with pytest.raises(type(error)):
+            ask(torch.sum, x, "fp32")
 
 
 def test_where_not_one_chain_fits_the_user_is_told(langevin_defense, images, monkeypatch):
