@@ -53,6 +53,7 @@ class _SoftLeakyReLU(torch.autograd.Function):
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "leaky_relu": lambda: nn.LeakyReLU(0.05),
+    "relu": lambda: nn.LeakyReLU(0.0),
     "soft_lrelu": lambda: SoftLeakyReLU(slope=0.05, width=0.01),
 }
 

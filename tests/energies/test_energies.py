@@ -101,7 +101,7 @@ def test_channels_last_changes_the_layout_and_not_the_energy():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"activation": "relu"}, {"image_size": 7}, {"channels": 0}, {"width": 0}]
+    "bad", [{"activation": "swish"}, {"image_size": 7}, {"channels": 0}, {"width": 0}]
 )
 def test_bad_settings_are_refused(bad):
     with pytest.raises(UsageError, match=next(iter(bad))):
@@ -109,7 +109,7 @@ def test_bad_settings_are_refused(bad):
 
 
 def test_unknown_activation_is_answered_with_the_known_ones():
-    with pytest.raises(UsageError, match="leaky_relu, soft_lrelu"):
+    with pytest.raises(UsageError, match="leaky_relu, relu, soft_lrelu"):
         ConvEnergySettings(activation="swish")
 
 
