@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from ebm_defense.engine.derivatives import arithmetic
 from ebm_defense.errors import UsageError
 from ebm_defense.images import check_images
-from ebm_defense.langevin import resolve_precision
 from ebm_defense.noise import KeyedNoise, chain_keys, fresh_seed
 from ebm_defense.precision.classifiers import PAIRS, VERDICT_PRECISIONS, checked_verdicts
 from ebm_defense.precision.findings import versions
-from ebm_defense.purifiers.base import NoPurifier, as_purifier
+from ebm_defense.precision.names import resolve_precision
+from ebm_defense.purifiers.base import NoPurifier, as_purifier, straight_through
 from ebm_defense.runtime.packing import Packing
 
 VOTE_SMOOTHING = 1e-3
@@ -158,22 +158,29 @@ class PurifiedClassifier(nn.Module):
             `[r, b, C, H, W]`; the gradient to `images` is the identity, summed over replicates.
         """
         keys = keys.to(images.device)
-        self.packing.measure(lambda rows, k: self._purify([(rows, k)], images), keys)
-        parts = self.packing.fitting(lambda: self._purify(self.chunks(keys), images))
-        flat = torch.cat(parts) if parts else images.new_empty((0, *images.shape[1:]))
-        return flat.view(*keys.shape, *images.shape[1:])
 
-    def _purify(self, chunks: list[tuple[Tensor, Tensor]], images: Tensor) -> list[Tensor]:
-        return [self.purifier(images[rows], noise=KeyedNoise(k)) for rows, k in chunks]
+        def purify_some(rows: Tensor, k: Tensor) -> Tensor:
+            return self.purifier.purify(images[rows].detach(), KeyedNoise(k))
+
+        self.packing.measure(purify_some, keys)
+        for attempt in self.packing.tries():
+            with attempt:
+                parts = [images[:0]]
+                for rows, k in self.chunks(keys):
+                    start = images[rows]
+                    ends = self.purifier.purify(start.detach(), KeyedNoise(k))
+                    parts.append(straight_through(start, ends))
+        return torch.cat(parts).view(*keys.shape, *images.shape[1:])
 
     def classify_replicates(self, purified: Tensor) -> Tensor:
         """Map purified replicates `[r, b, C, H, W]` to logits `[r, b, classes]`, in chunks."""
-        logits = self.packing.fitting(lambda: self._classify(purified))
+        for attempt in self.packing.tries():
+            with attempt:
+                logits = self._classify(purified.flatten(0, 1).split(self.max_chains))
         return torch.cat(logits).unflatten(0, purified.shape[:2])
 
-    def _classify(self, purified: Tensor) -> list[Tensor]:
-        parts = purified.flatten(0, 1).split(self.max_chains)
-        if torch.is_grad_enabled() and purified.requires_grad and len(parts) > 1:
+    def _classify(self, parts: tuple[Tensor, ...]) -> list[Tensor]:
+        if torch.is_grad_enabled() and parts[0].requires_grad and len(parts) > 1:
             # Recomputing a chunk's activations keeps memory flat in the number of replicates.
             return [checkpoint(self.classifier, p, use_reentrant=False) for p in parts]
         return [self.classifier(p) for p in parts]

@@ -1,40 +1,24 @@
-"""One Langevin step, one chain.
+"""Langevin dynamics as the paper has it: the update, one step, one chain.
 
-A chain is a pure step `(state, noise) -> (state, info)`, repeated. Everything here is in the
-energy's own [-1, 1] units.
+A chain is a step `(state, move) -> (state, info)`, repeated; `engine` makes ∇U, and nothing else,
+faster. Everything here is in the energy's own [-1, 1] units.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ebm_defense.engine import Energy, EnergyGradient, energy_and_gradient, prepare, triton_kernels
+from ebm_defense.engine import Energy, EnergyGradient, prepare, triton_kernels
 from ebm_defense.engine.cuda_graphs import run_graphed
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import KeyedNoise, Noise, ahead, drawn_at
-
-__all__ = [
-    "PRECISIONS",
-    "Energy",
-    "Info",
-    "LangevinSettings",
-    "State",
-    "Trace",
-    "energy_and_gradient",
-    "langevin_step",
-    "resolve_precision",
-    "run_chain",
-]
-
-PRECISIONS = ("fp32", "tf32", "bf16", "fastest")
+from ebm_defense.precision.names import resolve_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,93 +99,31 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What a person wants to see of a step: U(x) before it `[b]` and the gradient of U/T there."""
+    """What a person wants to see of a step: ∇U(x) before it, and U(x) `[b]` if it was asked for."""
 
-    energy: Tensor
     gradient: Tensor
-
-
-def resolve_precision(precision: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return what a precision means here: "fp32", "tf32", "bf16", or "fp64" for float64 images.
-
-    "fastest" is what the processor multiplies natively, whether or not chains in it purify as fp32
-    ones do; a purifier's "auto" asks `precision.checked_precision`. Only the energy's inner
-    activations lose digits; state, noise and update keep `dtype`. float64 always wins, and what a
-    GPU lacks is fp32, said once; CPUs compute "tf32" in fp32.
-
-    Raises:
-        UsageError: an unknown precision.
-    """
-    if precision not in PRECISIONS and (precision, dtype) != ("fp64", torch.float64):
-        raise UsageError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}.")
-    if dtype == torch.float64:
-        return "fp64"
-    if precision == "fastest":
-        return "bf16" if _has_bf16(device) else "fp32"
-    if precision == "tf32" and not _has_tf32(device):
-        return "fp32"
-    if precision == "bf16" and device.type == "cuda" and not _has_bf16(device):
-        _say_once(f"{torch.cuda.get_device_name(device)} has no bf16; its chains run in fp32.")
-        return "fp32"
-    return precision
-
-
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return _cpu_has_bf16()
-
-
-@cache
-def _cpu_has_bf16() -> bool:
-    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # since torch 2.6
-    if asked is not None:
-        return bool(asked())
-    try:
-        return "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="ascii")
-    except OSError:
-        return False
-
-
-def _has_tf32(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-@cache
-def _say_once(message: str) -> None:
-    logging.getLogger("ebm_defense").warning(message)
+    energy: Tensor | None = None
 
 
 def langevin_step(
     state: State,
-    noise: Noise,
+    move: Callable[[Tensor, Tensor], None],
+    gradient: EnergyGradient,
     *,
-    energy: Energy,
-    settings: LangevinSettings,
-    precision: str = "fp32",
+    with_energy: bool = False,
 ) -> tuple[State, Info]:
-    """Take one step of unadjusted Langevin dynamics (Hill, Mitchell, Zhu 2021, eq. 4)."""
-    value, gradient = energy_and_gradient(energy, state.x, precision)
-    z = noise.normal(state.step, state.x)
-    x = state.x - settings.drift * gradient + settings.step_size * z
-    return State(x, state.step + 1), Info(value, gradient / settings.temperature)
+    """Take one step of unadjusted Langevin dynamics (Hill, Mitchell, Zhu 2021, eq. 4).
 
-
-@dataclass(frozen=True, kw_only=True)
-class Trace:
-    """What happened along a chain; every list has one entry a step, each a tensor `[b]`.
-
-    Attributes:
-        energy: U(x) before the step.
-        gradient_norm: ‖∇U(x)·ε²/(2T)‖₂, the drift in displacement units.
-        displacement: ‖x − x_0‖₂ after the step.
-        snapshots: step → x at that step, for the steps asked for (0 is the start).
+    Args:
+        state: its positions are written over.
+        move: the update with this step's noise; see `moves`.
+        gradient: ∇U.
+        with_energy: whether to compute U(x) too.
     """
-
-    energy: list[Tensor] = field(default_factory=list)
-    gradient_norm: list[Tensor] = field(default_factory=list)
-    displacement: list[Tensor] = field(default_factory=list)
-    snapshots: dict[int, Tensor] = field(default_factory=dict)
+    x, step = state
+    energy, slope = gradient.with_energy(x) if with_energy else (None, gradient(x))
+    move(x, slope)
+    return State(x, step + 1), Info(slope, energy)
 
 
 def run_chain(
@@ -234,43 +156,46 @@ def run_chain(
     """
     precision = resolve_precision(precision, x.device, x.dtype)
     gradient = prepare(energy, x, precision, engine)
-    steps = range(first, first + settings.steps)
+    steps, move = range(first, first + settings.steps), settings.move
     noise = drawn_at(x.device, noise, len(x))
+    start, state = x.detach(), State(x.detach().clone(), first)
+    graphed = 0 if trace is not None else run_graphed(state.x, noise, steps, gradient, move)
+    for take in moves(move, noise, steps[graphed:], state.x):
+        if trace is not None:
+            trace.snapshot(state, snapshots)
+        state, info = langevin_step(state, take, gradient, with_energy=trace is not None)
+        if trace is not None:
+            trace.record(info, state.x - start, settings)
     if trace is not None:
-        return _run_traced(x, noise, steps, gradient, settings, trace, snapshots)
-    x, move = x.detach().clone(), settings.move
-    done = run_graphed(x, noise, steps, gradient, move)
-    for take in moves(move, noise, steps[done:], x):
-        take(x, gradient(x))
-    return x
+        trace.snapshot(state, snapshots)
+    return state.x
 
 
-def _run_traced(
-    x: Tensor,
-    noise: Noise,
-    steps: range,
-    gradient: EnergyGradient,
-    settings: LangevinSettings,
-    trace: Trace,
-    snapshots: Collection[int],
-) -> Tensor:
-    start, x = x.detach(), x.detach().clone()
-    for step, take in zip(steps, moves(settings.move, noise, steps, x), strict=True):
-        _snapshot(trace, snapshots, State(x, step))
-        value, slope = gradient.with_energy(x)
-        take(x, slope)
-        _record(trace, Info(value, slope / settings.temperature), x - start, settings)
-    _snapshot(trace, snapshots, State(x, steps.stop))
-    return x
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """What happened along a chain; every list has one entry a step, each a tensor `[b]`.
 
+    Attributes:
+        energy: U(x) before the step.
+        gradient_norm: ‖∇U(x)·ε²/(2T)‖₂, the drift in displacement units.
+        displacement: ‖x − x_0‖₂ after the step.
+        snapshots: step → x at that step, for the steps asked for (0 is the start).
+    """
 
-def _record(trace: Trace, info: Info, moved: Tensor, settings: LangevinSettings) -> None:
-    drift = info.gradient * (settings.step_size**2 / 2.0)
-    trace.energy.append(info.energy.float())
-    trace.gradient_norm.append(drift.flatten(1).norm(dim=1))
-    trace.displacement.append(moved.flatten(1).norm(dim=1))
+    energy: list[Tensor] = field(default_factory=list)
+    gradient_norm: list[Tensor] = field(default_factory=list)
+    displacement: list[Tensor] = field(default_factory=list)
+    snapshots: dict[int, Tensor] = field(default_factory=dict)
 
+    def record(self, info: Info, moved: Tensor, settings: LangevinSettings) -> None:
+        """Enter a step, after which chains have moved so far from their start, `[b, C, H, W]`."""
+        assert info.energy is not None
+        drift = info.gradient * settings.drift
+        self.energy.append(info.energy.float())
+        self.gradient_norm.append(drift.flatten(1).norm(dim=1))
+        self.displacement.append(moved.flatten(1).norm(dim=1))
 
-def _snapshot(trace: Trace | None, steps: Collection[int], state: State) -> None:
-    if trace is not None and state.step in steps:
-        trace.snapshots[state.step] = state.x.clone()
+    def snapshot(self, state: State, steps: Collection[int]) -> None:
+        """Keep a copy of the state if it is one of those steps'."""
+        if state.step in steps:
+            self.snapshots[state.step] = state.x.clone()

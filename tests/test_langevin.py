@@ -10,17 +10,18 @@ import torch
 from torch.nn import functional as F
 
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, QuadraticEnergy
+from ebm_defense.engine import energy_and_gradient, prepare
 from ebm_defense.errors import UsageError
 from ebm_defense.langevin import (
     LangevinSettings,
     State,
     Trace,
-    energy_and_gradient,
     langevin_step,
-    resolve_precision,
+    moves,
     run_chain,
 )
 from ebm_defense.noise import KeyedNoise, chain_keys
+from ebm_defense.precision.names import resolve_precision
 from ebm_defense.purifiers.base import LangevinPurifier
 
 SHAPE = (1, 2, 2)
@@ -202,15 +203,30 @@ def test_the_default_chain_is_the_published_update():
     assert math.isclose(chain.drift, 1.0)
 
 
-def test_a_step_reports_energy_and_tempered_gradient_before_it():
+def test_a_step_reports_energy_and_gradient_before_it():
     energy = QuadraticEnergy(torch.zeros(SHAPE).double(), torch.ones(4).double())
     x = torch.full((2, *SHAPE), 2.0, dtype=torch.float64)
-    chain = LangevinSettings(step_size=0.1, temperature=0.5)
-    state, info = langevin_step(State(x, 6), NoNoise(), energy=energy, settings=chain)
+    chain, gradient = LangevinSettings(step_size=0.1, temperature=0.5), prepare(energy, x, "fp64")
+    (move,) = moves(chain.move, GivenNoise(torch.ones(7, *x.shape)), range(6, 7), x)
+    state, info = langevin_step(State(x.clone(), 6), move, gradient, with_energy=True)
     assert state.step == 7
     torch.testing.assert_close(info.energy, torch.full((2,), 8.0).double())
-    torch.testing.assert_close(info.gradient, x / 0.5)
-    torch.testing.assert_close(state.x, x - 0.1**2 / 2 * info.gradient)
+    torch.testing.assert_close(info.gradient, x)
+    torch.testing.assert_close(state.x, x - 0.1**2 / 2 / 0.5 * x + 0.1)
+    assert langevin_step(state, move, gradient)[1].energy is None
+
+
+@pytest.mark.parametrize("trace", [None, Trace()])
+def test_every_step_of_a_chain_is_the_step(trace, monkeypatch):
+    taken = []
+
+    def counted(state, *arguments, **options):
+        taken.append(state.step)
+        return langevin_step(state, *arguments, **options)
+
+    monkeypatch.setattr("ebm_defense.langevin.langevin_step", counted)
+    run(torch.zeros(2, *SHAPE), keyed(2), flat, steps=3, first=5, trace=trace)
+    assert taken == [5, 6, 7]
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -250,7 +266,7 @@ def test_bf16_stays_near_fp32_and_keeps_the_state_in_fp32():
 
 @pytest.mark.parametrize(("native", "fastest"), [(True, "bf16"), (False, "fp32")])
 def test_precisions_resolve_to_real_ones(native, fastest, monkeypatch):
-    monkeypatch.setattr("ebm_defense.langevin._has_bf16", lambda device: native)
+    monkeypatch.setattr("ebm_defense.precision.names._has_bf16", lambda device: native)
     cpu = torch.device("cpu")
     assert resolve_precision("fastest", cpu, torch.float32) == fastest
     assert resolve_precision("bf16", cpu, torch.float32) == "bf16"
@@ -261,7 +277,7 @@ def test_precisions_resolve_to_real_ones(native, fastest, monkeypatch):
 
 
 def test_no_chain_takes_bf16_that_was_neither_asked_for_nor_checked(monkeypatch):
-    monkeypatch.setattr("ebm_defense.langevin._has_bf16", lambda device: True)
+    monkeypatch.setattr("ebm_defense.precision.names._has_bf16", lambda device: True)
     torch.manual_seed(0)
     energy = ConvEnergy(ConvEnergySettings(channels=1, image_size=8, width=2))
     x = torch.rand(2, 1, 8, 8, generator=seeded(0))

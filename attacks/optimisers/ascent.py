@@ -105,21 +105,18 @@ class Ascent(DirectCall):
             replicates=self.replicates,
         )
         for restart in range(self.restarts):
-            self._climb(session, restart)
+            x = start(session, self.threat, restart, self.random_start)
+            memory = self.remember(x)
+            for step in range(self.steps):
+                if session.over:
+                    return session.found
+                seen = session.query(x, self.loss, self.gradient)
+                x, memory = x[seen.stands], tuple(m[seen.stands] for m in memory)
+                x, memory = self.move(x, session.originals, seen.gradient, memory, step)
+            if not session.over:
+                seen = session.query(x, self.loss)
+                session.keep(x[seen.stands], seen)
         return session.found
-
-    def _climb(self, session: AttackSession, restart: int) -> None:
-        x = start(session, self.threat, restart, self.random_start)
-        memory = self.remember(x)
-        for step in range(self.steps):
-            if session.over:
-                return
-            seen = session.query(x, self.loss, self.gradient)
-            x, memory = x[seen.stands], tuple(m[seen.stands] for m in memory)
-            x, memory = self.move(x, session.originals, seen.gradient, memory, step)
-        if not session.over:
-            seen = session.query(x, self.loss)
-            session.keep(x[seen.stands], seen)
 
 
 def start(session: AttackSession, threat: ThreatModel, number: int, random: bool) -> Tensor:

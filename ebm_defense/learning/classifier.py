@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ebm_defense.errors import UsageError
 from ebm_defense.files import load_plain, save_state
-from ebm_defense.langevin import resolve_precision
+from ebm_defense.precision.names import resolve_precision
 
 Copies = Callable[[int], Tensor]
 """copy number → the training images as the classifier shall see them, `[N, C, H, W]` in [0, 1]."""
@@ -74,7 +74,7 @@ class ClassifierTrainer:
         images: `[N, C, H, W]`, or a function from the number of a copy to them.
         labels: true classes `[N]`.
         recipe: all settings.
-        precision: of the network's inner activations, one of `langevin.PRECISIONS`; "fastest" is
+        precision: of the network's inner activations, one of `PRECISIONS`; "fastest" is
             bf16 where it is native, unchecked: accuracy shows what it costs.
         perturb: changes every batch before it is learned, for adversarial training.
     """

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ebm_defense.engine import Energy
 from ebm_defense.files import atomic
-from ebm_defense.langevin import Energy, LangevinSettings, Trace, run_chain
+from ebm_defense.langevin import LangevinSettings, Trace, run_chain
 from ebm_defense.learning.energy import Update
 from ebm_defense.noise import KeyedNoise, chain_keys
 

@@ -86,7 +86,7 @@ class EnergyTrainer:
         energy: the network, trained in place.
         images: training images `[N, C, H, W]` in [0, 1].
         recipe: all settings.
-        precision: of the chains' inner activations, one of `langevin.PRECISIONS`; "fastest" takes
+        precision: of the chains' inner activations, one of `PRECISIONS`; "fastest" takes
             bf16 unchecked where it is native, since an energy is learned by whatever chains it is
             given, and how its fp32 chains go shows afterwards. The weight update is always fp32.
     """

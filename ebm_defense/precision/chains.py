@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ebm_defense.engine import Energy, choose_engine
-from ebm_defense.langevin import LangevinSettings, resolve_precision, run_chain
+from ebm_defense.langevin import LangevinSettings, run_chain
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.precision.findings import keep, key_of, look_up
+from ebm_defense.precision.names import resolve_precision
 
 CHAIN_STEPS = 12_800
 """Chain-steps of a check in each precision: seconds on a CPU core for the shipped energies."""

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ebm_defense.engine.derivatives import arithmetic
-from ebm_defense.langevin import resolve_precision
 from ebm_defense.precision.chains import share_margin
 from ebm_defense.precision.findings import keep, key_of, look_up
+from ebm_defense.precision.names import resolve_precision
 
 VERDICT_PRECISIONS = ("auto", "fp32", "bf16")
 PAIRS = 400

@@ -11,20 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ebm_defense.engine import Curvature, prepare_product
+from ebm_defense.engine import Curvature, Energy, prepare_product
 from ebm_defense.engine.derivatives import hessian_product, vjp
 from ebm_defense.errors import UsageError
-from ebm_defense.langevin import (
-    PRECISIONS,
-    Energy,
-    LangevinSettings,
-    Trace,
-    resolve_precision,
-    run_chain,
-)
+from ebm_defense.langevin import LangevinSettings, Trace, run_chain
 from ebm_defense.noise import GeneratorNoise, KeyedNoise, Noise, fresh_seed
 from ebm_defense.precision.chains import checked_precision
 from ebm_defense.precision.findings import versions
+from ebm_defense.precision.names import PRECISIONS, resolve_precision
 
 PreparedVjp = Callable[[Tensor, Tensor, Curvature | None], Tensor]
 """Maps a cotangent after a step, the state before it, and the curvature lent to corners (None for
@@ -41,6 +35,12 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
+
+
+def straight_through(images: Tensor, purified: Tensor) -> Tensor:
+    """Return purified images whose gradient is carried to the images as it is (BPDA)."""
+    result: Tensor = _StraightThrough.apply(images, purified)
+    return result
 
 
 class Purifier(nn.Module):
@@ -83,8 +83,7 @@ class Purifier(nn.Module):
         if noise is None:
             generator = generator or torch.Generator().manual_seed(fresh_seed())
             noise = GeneratorNoise(generator)
-        purified = self.purify(images.detach(), noise)
-        return _StraightThrough.apply(images, purified)
+        return straight_through(images, self.purify(images.detach(), noise))
 
 
 class SteppedPurifier(Purifier):

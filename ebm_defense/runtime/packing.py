@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,26 @@ SHARE = 0.5
 """Of the free memory that chains may take; the rest is the classifier's and the attack's."""
 
 _log = logging.getLogger("ebm_defense")
+
+
+class Try:
+    """One try at some work: as a context, it catches that memory ran out."""
+
+    reason = ""
+
+    def __enter__(self) -> None:
+        self.reason = ""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if not isinstance(error, RuntimeError | MemoryError) or not is_full(error):
+            return False
+        self.reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return True
 
 
 class Packing:
@@ -55,23 +76,27 @@ class Packing:
         self.chains = chains_in(torch.cuda.mem_get_info(device)[0], taken)
         self.measured = True
 
-    def fitting(self, work: Callable[[], T]) -> T:
-        """Do the work; where memory runs out, halve the number of chains and do it again.
+    def tries(self) -> Iterator[Try]:
+        """Yield tries at some work: where memory ran out, one more with half as many chains.
 
         Raises:
             UsageError: a single chain does not fit.
         """
-        while True:
-            try:
-                return work()
-            except (RuntimeError, MemoryError) as error:
-                if not is_full(error):
-                    raise
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
+        attempt = Try()
+        yield attempt
+        while attempt.reason:
             # Outside the handler, which would keep the failed work's tensors alive.
-            self.halve(reason)
+            self.halve(attempt.reason)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+            yield attempt
+
+    def fitting(self, work: Callable[[], T]) -> T:
+        """Do the work in as many `tries` as it takes, and return what it returns."""
+        for attempt in self.tries():
+            with attempt:
+                result = work()
+        return result
 
     def halve(self, reason: str) -> None:
         """Take half as many chains from now on.

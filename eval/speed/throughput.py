@@ -18,8 +18,9 @@ from ebm_defense.attacks.gradients.smoothed import Smoothed
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, channels_last
 from ebm_defense.eval.speed.roofline import LAYOUTS, Ceilings, Work, product_work, step_work
-from ebm_defense.langevin import LangevinSettings, resolve_precision, run_chain
+from ebm_defense.langevin import LangevinSettings, run_chain
 from ebm_defense.noise import KeyedNoise, chain_keys
+from ebm_defense.precision.names import resolve_precision
 from ebm_defense.purifiers.base import LangevinPurifier
 from ebm_defense.runtime.timing import Clock, alternate, peak_memory
 

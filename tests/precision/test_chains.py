@@ -31,7 +31,7 @@ CHAIN = LangevinSettings(steps=4, step_size=0.05, temperature=0.0036)  # none sh
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("ebm_defense.langevin._has_bf16", lambda device: True)
+    monkeypatch.setattr("ebm_defense.precision.names._has_bf16", lambda device: True)
 
 
 @pytest.fixture

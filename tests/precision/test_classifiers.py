@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("ebm_defense.langevin._has_bf16", lambda device: True)
+    monkeypatch.setattr("ebm_defense.precision.names._has_bf16", lambda device: True)
 
 
 class Net(nn.Module):
@@ -153,7 +153,7 @@ def test_what_gains_nothing_is_never_compared(monkeypatch):
         (Net().double(), None, x.double(), "fp64"),
     ):
         assert defense_of(net, purifier).resolved_verdict_precision(images) == expected
-    monkeypatch.setattr("ebm_defense.langevin._has_bf16", lambda device: False)
+    monkeypatch.setattr("ebm_defense.precision.names._has_bf16", lambda device: False)
     assert defense_of(Net()).resolved_verdict_precision(x) == "fp32"
 
 
