@@ -5,28 +5,26 @@
 
 Transfer, BPDA+EOT, and PGD through the chain by the gradient that fits the energy, on the same test
 images. Runs resume; the table, as text, Markdown, LaTeX, CSV and HTML, and the figures lie in
-OUT/comparison.
+OUT/comparison/comparison.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
+
+from common import Options, Result, main
 
 from ebm_defense import PurifiedClassifier, load_data, load_defense
 from ebm_defense.attacks import PGD, ThreatModel, Transfer
 from ebm_defense.data import Images
 from ebm_defense.eval import Protocol, compare, evaluate, load_run
 from ebm_defense.eval.protocols.presets import fitting_gradient
-from ebm_defense.files import writable_folder, write_text
 from ebm_defense.purifiers.base import baseline
-from ebm_defense.runtime.memory import keep_freed_memory
 
 EPS = 0.1
-RESULTS = Path(__file__).parent / "results"
 
 
 def undefended(purifier: str) -> PurifiedClassifier:
@@ -51,26 +49,26 @@ def protocol(defense: PurifiedClassifier, data: Images) -> Protocol:
     return Protocol(name="comparison", attacks=attacks, judge_replicates=64)
 
 
-def main() -> int:
-    """Evaluate each, compare, print, and keep the table in benchmarks/results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=Path("runs/comparison"))
-    given = parser.parse_args()
-    keep_freed_memory()
-    folder = writable_folder(given.out)
-    data = load_data("fashion-mnist", "test", given.images)
-    runs = {name: folder / f"run-{i}-{given.images}" for i, name in enumerate(DEFENSES)}
-    for name, run in runs.items():
-        defense = DEFENSES[name]()
-        report = evaluate(defense, *data, protocol(defense, data), seed=0, out=run)
-        print(report.to_text(), flush=True)
-    comparison = compare([load_run(run, name=name) for name, run in runs.items()])
-    print(comparison.to_markdown())
-    print(f"Table and figures were saved in {comparison.save(folder / 'comparison')}")
-    write_text(writable_folder(RESULTS) / "comparison.md", comparison.to_markdown() + "\n")
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Options):
+    """Set energies, baselines and no defense side by side under one protocol."""
+
+    images: int = 64
+    """How many test images."""
+
+    def run(self) -> Result:
+        """Evaluate each, compare, and save table and figures in OUT/comparison."""
+        folder = self.out / "comparison"
+        data = load_data("fashion-mnist", "test", self.images)
+        runs = {name: folder / f"run-{i}-{self.images}" for i, name in enumerate(DEFENSES)}
+        for name, run in runs.items():
+            defense = DEFENSES[name]()
+            report = evaluate(defense, *data, protocol(defense, data), seed=self.seed, out=run)
+            print(report.to_text(), flush=True)
+        found = compare([load_run(run, name=name) for name, run in runs.items()])
+        print(f"Table and figures were saved in {found.save(folder / 'comparison')}")
+        return Result("comparison", found.to_markdown(), self.images * len(runs))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Comparison))

@@ -2,8 +2,7 @@
 
 The libraries attack a `PurifiedClassifier` as it is. Attacks that average over random draws by
 themselves see one purification a call; the others see the mean of `--replicates`. Whatever an
-attack believes of its images, the judge projects them and decides on fresh draws. Prints a
-Markdown table:
+attack believes of its images, the judge projects them and decides on fresh draws:
 
     python benchmarks/drop_in.py --images 50 --attacks "foolbox LinfPGD" "torchattacks Square"
 
@@ -12,24 +11,24 @@ Without options it runs every attack in full, which takes hours on a CPU.
 
 from __future__ import annotations
 
-import argparse
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import pandas as pd
 import torch
+from common import OnImages, Result, accuracy, main, table
 from torch import Tensor
 
 from ebm_defense import PurifiedClassifier, load_data, load_defense
 from ebm_defense._torchvision import torchvision
 from ebm_defense.attacks import ThreatModel
 from ebm_defense.attacks.threat import fraction
+from ebm_defense.errors import UsageError
 from ebm_defense.eval import judge_images
 from ebm_defense.eval.judging.statistics import share
 
-DATA = "fashion-mnist-sample"
 STEPS_ACROSS_EPS = 4  # as published: steps of 2/255 at eps 8/255
 
 
@@ -137,23 +136,51 @@ ATTACKS: dict[str, Entry] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the attacks that were asked for and print one row for each as it ends."""
-    options = parser().parse_args(arguments)
-    torchvision("datasets")  # which the libraries import, and which does not load everywhere
-    images, labels = load_data(DATA, "test", options.images)
-    judged = defense(options, options.replicates)
-    natural = judge(judged, images, images, labels, threat(options, "Linf"), options)
-    rows = [row("none", "", None, natural, 0.0)]
-    for name in options.attacks:
-        rows.append(attack(name, images, labels, natural, options))
-        print(f"{name}: {rows[-1]['robust accuracy %']} in {rows[-1]['seconds']} s", flush=True)
-    print(f"\n{pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)}\n")
-    print(caption(judged, options))
+@dataclass(frozen=True, kw_only=True)
+class DropIn(OnImages):
+    """Attack a shipped defense with foolbox and torchattacks, and judge what they find."""
+
+    data: str = "fashion-mnist-sample"
+    """Data set."""
+    images: int = 100
+    """How many images, a stratified sample."""
+    attacks: tuple[str, ...] = ()
+    """Which attacks; all if none is given."""
+    eps_linf: float = 8 / 255
+    """In [0, 1] pixel units."""
+    eps_l2: float = 0.5
+    """In [0, 1] pixel units."""
+    steps: int = 40
+    """Gradient steps."""
+    queries: int = 1000
+    """Of black-box attacks."""
+    replicates: int = 16
+    """Purifications a step or query."""
+    judge_replicates: int = 150
+    """Fresh replicates of a verification."""
+    langevin_steps: int | None = None
+    """Instead of the defense's own."""
+
+    def run(self) -> Result:
+        """Run the attacks that were asked for, a row for each as it ends."""
+        if unknown := [name for name in self.attacks if name not in ATTACKS]:
+            raise UsageError(f"unknown attack {unknown[0]!r}; choose among {', '.join(ATTACKS)}.")
+        torchvision("datasets")  # which the libraries import, and which does not load everywhere
+        names = self.attacks or tuple(ATTACKS)
+        text = f"{table(self._rows(names))}\n\n{caption(defense(self, self.replicates), self)}"
+        return Result("drop-in", text, self.images * len(names))
+
+    def _rows(self, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+        images, labels = load_data(self.data, self.split, self.images)
+        judged = defense(self, self.replicates)
+        natural = judge(judged, images, images, labels, threat(self, "Linf"), self)
+        yield row("none", "", None, natural, 0.0)
+        for name in names:
+            yield attack(name, images, labels, natural, self)
 
 
 def attack(
-    name: str, images: Tensor, labels: Tensor, natural: Tensor, options: argparse.Namespace
+    name: str, images: Tensor, labels: Tensor, natural: Tensor, options: DropIn
 ) -> dict[str, object]:
     """Attack with one library's attack and judge its images; natural errors count as broken."""
     entry = ATTACKS[name]
@@ -175,13 +202,13 @@ def attack(
     return row(name, spent, limits, stands, seconds)
 
 
-def defense(options: argparse.Namespace, replicates: int) -> PurifiedClassifier:
+def defense(options: DropIn, replicates: int) -> PurifiedClassifier:
     """Load the shipped defense with as many replicates a call."""
     chain = {} if options.langevin_steps is None else {"steps": options.langevin_steps}
     return load_defense(options.defense, replicates=replicates, seed=options.seed, **chain)
 
 
-def threat(options: argparse.Namespace, norm: str) -> ThreatModel:
+def threat(options: DropIn, norm: str) -> ThreatModel:
     """Return the threat model of one norm."""
     return ThreatModel(norm=norm, eps=options.eps_l2 if norm == "L2" else options.eps_linf)
 
@@ -192,7 +219,7 @@ def judge(
     adversarial: Tensor,
     labels: Tensor,
     limits: ThreatModel,
-    options: argparse.Namespace,
+    options: DropIn,
 ) -> Tensor:
     """Return which images stand, bool `[N]`, by the two-stage rule."""
     draws = {"replicates": options.judge_replicates, "screen": options.replicates}
@@ -204,49 +231,27 @@ def judge(
 
 def row(
     name: str, spent: str, limits: ThreatModel | None, stands: Tensor, seconds: float
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Return one row of the table."""
-    found = share(int(stands.sum()), len(stands))
     return {
         "attack": name,
         "norm": "" if limits is None else limits.norm,
         "eps": "" if limits is None else fraction(limits.eps),
         "budget": spent,
-        "robust accuracy %": f"{100 * found.value:.1f}",
-        "95% interval": f"{100 * found.low:.1f} to {100 * found.high:.1f}",
-        "images": str(len(stands)),
+        **accuracy(share(int(stands.sum()), len(stands))),
         "seconds": f"{seconds:.0f}",
     }
 
 
-def caption(judged: PurifiedClassifier, options: argparse.Namespace) -> str:
+def caption(judged: PurifiedClassifier, options: DropIn) -> str:
     """Return everything else that the numbers depend on."""
     return (
-        f"Defense {options.defense} with {judged.purifier.chain_steps} Langevin steps on {DATA}; "
-        f"attacks average {options.replicates} replicates a step or query; "
+        f"Defense {options.defense} with {judged.purifier.chain_steps} Langevin steps on "
+        f"{options.data}; attacks average {options.replicates} replicates a step or query; "
         f"gradient steps of eps/{STEPS_ACROSS_EPS} (AutoAttack chooses its own); judged on "
         f"{options.judge_replicates} fresh replicates; Wilson intervals; seed {options.seed}."
     )
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    made.add_argument("--defense", default="fashion-mnist", help="a shipped name or a folder")
-    made.add_argument("--images", type=int, default=100, help="how many images")
-    made.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS))
-    made.add_argument("--eps-linf", type=float, default=8 / 255, help="in [0, 1] units")
-    made.add_argument("--eps-l2", type=float, default=0.5, help="in [0, 1] units")
-    made.add_argument("--steps", type=int, default=40, help="gradient steps")
-    made.add_argument("--queries", type=int, default=1000, help="of black-box attacks")
-    made.add_argument("--replicates", type=int, default=16, help="purifications a step or query")
-    made.add_argument("--judge-replicates", type=int, default=150, help="of a verification")
-    made.add_argument("--langevin-steps", type=int, help="instead of the defense's own")
-    made.add_argument("--seed", type=int, default=0)
-    return made
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main(DropIn))

@@ -10,26 +10,24 @@ under the BPDA+EOT attack of protocol hill2021 at this data set's eps 0.1 on 200
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from common import Options, Result, main
 
-from ebm_defense import load_data, load_defense
+from ebm_defense import UsageError, load_data, load_defense
 from ebm_defense.attacks import PGD, ThreatModel, Transfer
 from ebm_defense.eval import Protocol, Report, evaluate, get_protocol
 from ebm_defense.eval.judging.statistics import paired
 from ebm_defense.eval.reporting.report import WORST_OF_ALL
-from ebm_defense.files import writable_folder, write_text
-from ebm_defense.runtime.memory import keep_freed_memory
 
 EPS = 0.1
 CONTROL = "fashion-mnist-gaussian"
 DEFENSES = ("fashion-mnist", "fashion-mnist-smooth", CONTROL)
 IMAGES = {"transfer": 1000, "bpda": 200}
-RESULTS = Path(__file__).parent / "results"
 
 
 def transfer() -> Protocol:
@@ -63,25 +61,6 @@ def line(report: Report, name: str) -> pd.DataFrame:
     table = table[table["attack"] != WORST_OF_ALL].copy()
     table["model"] = [name if m == "defended" else "undefended" for m in table["model"]]
     return table
-
-
-def main() -> int:
-    """Measure, print, and keep the table in benchmarks/results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=DEFENSES, nargs="*", default=DEFENSES)
-    parser.add_argument("--part", choices=PARTS, nargs="*", default=list(PARTS))
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
-    parser.add_argument("--bpda-images", type=int, default=IMAGES["bpda"])
-    given = parser.parse_args()
-    keep_freed_memory()
-    folder = writable_folder(given.out)
-    images = IMAGES | {"bpda": given.bpda_images}
-    reports = [(n, p, measure(n, p, images[p], folder)) for p in given.part for n in given.only]
-    text = markdown(reports) + against_control(reports)
-    print(text)
-    if set(given.only) == set(DEFENSES) and set(given.part) == set(PARTS):
-        write_text(writable_folder(RESULTS) / "fashion_mnist.md", text)
-    return 0
 
 
 def against_control(reports: list[tuple[str, str, Report]]) -> str:
@@ -121,5 +100,28 @@ def markdown(reports: list[tuple[str, str, Report]]) -> str:
     return table + "\n\n" + "\n".join(captions) + "\n"
 
 
+@dataclass(frozen=True, kw_only=True)
+class FashionMnist(Options):
+    """Measure the shipped defenses clean, under transfer and under BPDA+EOT."""
+
+    only: tuple[str, ...] = DEFENSES
+    """Which defenses."""
+    part: tuple[str, ...] = tuple(PARTS)
+    """transfer, bpda or both."""
+    bpda_images: int = IMAGES["bpda"]
+    """How many images BPDA+EOT gets."""
+
+    def run(self) -> Result:
+        """Measure each part of each defense."""
+        for given, known in ((self.only, DEFENSES), (self.part, tuple(PARTS))):
+            if unknown := sorted({*given} - {*known}):
+                raise UsageError(f"unknown {unknown[0]!r}; choose among {', '.join(known)}.")
+        images = IMAGES | {"bpda": self.bpda_images}
+        folder = self.out / "fashion_mnist"
+        reports = [(n, p, measure(n, p, images[p], folder)) for p in self.part for n in self.only]
+        size = sum(images[p] for _, p, _ in reports)
+        return Result("fashion_mnist", markdown(reports) + against_control(reports), size)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(FashionMnist))

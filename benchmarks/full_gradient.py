@@ -14,17 +14,17 @@ other programs'.
 
 from __future__ import annotations
 
-import argparse
 import math
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from typing import NamedTuple
 
-import pandas as pd
 import torch
+from common import Options, Result, main, table
 
-from ebm_defense import ConvEnergy
+from ebm_defense import ConvEnergy, UsageError
 from ebm_defense.attacks import Full
 from ebm_defense.energies.conv import channels_last
 from ebm_defense.eval.speed.roofline import LAYOUTS
@@ -82,32 +82,45 @@ def measure(case: Case) -> dict[str, str | int]:
     }
 
 
-def main() -> int:
-    """Measure each case in a fresh process, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layouts", nargs="*", choices=SMOOTH, default=list(SMOOTH))
-    parser.add_argument("--steps", type=int, nargs="*", default=[100, 500, 1500])
-    parser.add_argument("--stores", nargs="*", default=["all", "checkpoints"])
-    parser.add_argument("--batch", type=int, default=8, help="chains")
-    parser.add_argument("--max-chains", type=int, default=400)
-    parser.add_argument("--precision", default="fp32", help="of chain and products")
-    parser.add_argument("--device", default="cpu")
-    given = parser.parse_args()
-    cases = [
-        Case(layout, k, store, given.batch, given.max_chains, given.device, given.precision)
-        for layout in given.layouts
-        for k in given.steps
-        for store in given.stores
-    ]
-    lines = []
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
-        for line in pool.map(measure, cases):
-            lines.append(line)
-            print(*line.values(), sep=" | ", flush=True)
-    print(f"\n{pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)}")
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class FullGradient(Options):
+    """Measure what the full gradient costs: peak memory, and time against the forward chain's."""
+
+    layouts: tuple[str, ...] = SMOOTH
+    """Energies."""
+    steps: tuple[int, ...] = (100, 500, 1500)
+    """Langevin steps K."""
+    stores: tuple[str, ...] = ("all", "checkpoints")
+    """Which states are kept."""
+    batch: int = 8
+    """Chains."""
+    max_chains: int = 400
+    """Chains that run at a time."""
+    precision: str = "fp32"
+    """Of chain and products."""
+    device: str = "cpu"
+    """Where to compute."""
+
+    def run(self) -> Result:
+        """Measure each case in a fresh process."""
+        if unknown := sorted({*self.layouts} - {*SMOOTH}):
+            raise UsageError(f"unknown layout {unknown[0]!r}; choose among {', '.join(SMOOTH)}.")
+        cases = self._cases()
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+            text = table(pool.map(measure, cases))
+        usual = (self.batch, self.device) == (8, "cpu")
+        name = "full-gradient" if usual else f"full-gradient-{self.device}-{self.batch}"
+        return Result(name, f"{text}\n\n{self.batch} chains.", sum(c.steps for c in cases))
+
+    def _cases(self) -> list[Case]:
+        return [
+            Case(layout, k, store, self.batch, self.max_chains, self.device, self.precision)
+            for layout in self.layouts
+            for k in self.steps
+            for store in self.stores
+        ]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(FullGradient))

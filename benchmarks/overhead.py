@@ -8,20 +8,21 @@ Times every call of the purifier and of the classifier, forward and backward, ag
 
 from __future__ import annotations
 
-import argparse
 import cProfile
 import pstats
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from common import OnImages, Result, main
 
 from ebm_defense import PurifiedClassifier, load_data, load_defense
 from ebm_defense.eval import evaluate, get_protocol
-from ebm_defense.runtime.memory import keep_freed_memory
 
 TOP = 12
 
@@ -62,35 +63,44 @@ def watched(defense: PurifiedClassifier) -> Iterator[Stopwatch]:
         torch.autograd.grad = backward
 
 
-def measure(defense_name: str, images: int, protocol: str) -> tuple[float, float]:
-    """Return the seconds of an evaluation, and those of its chains and classifier."""
-    defense, data = load_defense(defense_name), load_data("fashion-mnist-sample", limit=images)
-    chosen = get_protocol(protocol, eps=0.1)
-    with tempfile.TemporaryDirectory() as out, watched(defense) as clock:
-        begun = time.perf_counter()
-        evaluate(defense, data.images, data.labels, chosen, out=f"{out}/run")
-        return time.perf_counter() - begun, clock.seconds
+@dataclass(frozen=True, kw_only=True)
+class Overhead(OnImages):
+    """Measure what share of an evaluation is neither chains nor classifier."""
 
+    data: str = "fashion-mnist-sample"
+    """Data set."""
+    images: int = 32
+    """How many images, a stratified sample."""
+    protocol: str = "quick"
+    """Of the evaluation, at eps 0.1."""
+    profile: bool = False
+    """Print where the time goes, too."""
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--defense", default="fashion-mnist")
-    parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--protocol", default="quick")
-    parser.add_argument("--profile", action="store_true", help="print where the time goes")
-    options = parser.parse_args()
-    keep_freed_memory()
-    profile = cProfile.Profile()
-    if options.profile:
-        profile.enable()
-    whole, inside = measure(options.defense, options.images, options.protocol)
-    profile.disable()
-    if options.profile:
-        pstats.Stats(profile).sort_stats("tottime").print_stats(TOP)
-    share = 1.0 - inside / whole
-    print(f"{whole:.1f} s, of which chains and classifier {inside:.1f} s: overhead {share:.2%}")
+    def run(self) -> Result:
+        """Time the evaluation, and what runs inside of chains and classifier."""
+        profile = cProfile.Profile()
+        if self.profile:
+            profile.enable()
+        whole, inside = self._seconds()
+        profile.disable()
+        if self.profile:
+            pstats.Stats(profile).sort_stats("tottime").print_stats(TOP)
+        text = (
+            f"Protocol {self.protocol}, {self.defense}, {self.images} images: {whole:.1f} s, of "
+            f"which chains and classifier {inside:.1f} s: overhead {1.0 - inside / whole:.2%}."
+        )
+        return Result("overhead", text, self.images)
+
+    def _seconds(self) -> tuple[float, float]:
+        """Return the seconds of an evaluation, and those of its chains and classifier."""
+        defense = load_defense(self.defense)
+        data = load_data(self.data, self.split, self.images)
+        chosen = get_protocol(self.protocol, eps=0.1)
+        with tempfile.TemporaryDirectory() as out, watched(defense) as clock:
+            begun = time.perf_counter()
+            evaluate(defense, *data, chosen, seed=self.seed, out=f"{out}/run")
+            return time.perf_counter() - begun, clock.seconds
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(Overhead))

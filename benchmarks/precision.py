@@ -11,13 +11,13 @@ a chain change, and on each kind of device that findings should ship for.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from common import Options, Result, main
 from torch import Tensor
 
 from ebm_defense import LangevinPurifier, PurifiedClassifier, load_data, load_defense
@@ -26,7 +26,6 @@ from ebm_defense.noise import chain_keys
 from ebm_defense.precision.chains import Finding, check, finding_key
 from ebm_defense.precision.classifiers import Agreement, agreement_key, compare
 from ebm_defense.precision.findings import SHOWN
-from ebm_defense.runtime.memory import keep_freed_memory
 from ebm_defense.weights import shipped
 
 FILE = Path(__file__).parent.parent / "ebm_defense" / "engine" / SHOWN
@@ -62,21 +61,25 @@ def chain_finding(
     return {finding_key(purifier.energy, images, purifier.settings): finding}
 
 
-def main() -> int:
-    """Check, print, and write the package's file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chains", type=int, default=2000)
-    parser.add_argument("--dry", action="store_true", help="print only")
-    given = parser.parse_args()
-    keep_freed_memory()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = findings(given.chains, device)
-    if not given.dry:
-        known = json.loads(FILE.read_text()) if FILE.exists() else {}
-        known |= {key: asdict(finding) for key, finding in found.items()}
-        write_text(FILE, json.dumps(known, indent=1, sort_keys=True) + "\n")
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class Precision(Options):
+    """Check chains and classifiers of what ships in bf16, and keep what is found in the package."""
+
+    chains: int = 2000
+    """Validation images, a chain from each."""
+    dry: bool = False
+    """Leave the package's file as it is."""
+
+    def run(self) -> Result:
+        """Check, and write the package's file."""
+        found = findings(self.chains, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        if not self.dry:
+            known = json.loads(FILE.read_text()) if FILE.exists() else {}
+            known |= {key: asdict(finding) for key, finding in found.items()}
+            write_text(FILE, json.dumps(known, indent=1, sort_keys=True) + "\n")
+        lines = [f"- {key}: {finding}" for key, finding in found.items()]
+        return Result("precision", "\n".join(lines), self.chains)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Precision))

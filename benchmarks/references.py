@@ -5,8 +5,8 @@ that both can take (untargeted APGD), the same start. PGD starts at the image, S
 Linf and at bumps in L2, targeted APGD at random. An image counts as broken where any iterate of an
 ascent was wrong, on both sides, and for PGD where the last one is. torchattacks' Square stretches
 its schedule to the budget, so ours is told to. Images that the classifier gets wrong as they are
-count as broken. Prints a Markdown table of robust accuracies, with the images that one side alone
-breaks and McNemar's exact p-value:
+count as broken. The table shows robust accuracies, with the images that one side alone breaks and
+McNemar's exact p-value:
 
     python benchmarks/references.py --images 1000
     python benchmarks/references.py --norm L2 --eps 0.5 --seed 1
@@ -16,7 +16,7 @@ Without options it runs 200 validation images.
 
 from __future__ import annotations
 
-import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
 
-import pandas as pd
 import torch
+from common import OnImages, Result, main, table
 from torch import Tensor, nn
 
-from ebm_defense import load_data, load_defense
+from ebm_defense import UsageError, load_data, load_defense
 from ebm_defense._torchvision import torchvision
 from ebm_defense.attacks import (
     APGD,
@@ -220,40 +220,51 @@ def row(one: Tensor, two: Tensor, seconds: Sequence[float], images: int) -> dict
     }
 
 
-def main() -> None:
-    """Parse the options, run the pairs, print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--defense", default="fashion-mnist", help="whose undefended classifier")
-    parser.add_argument("--images", type=int, default=200, help="a stratified sample")
-    parser.add_argument("--norm", default="Linf", choices=["Linf", "L2"])
-    parser.add_argument("--eps", type=float, default=0.02, help="in [0, 1] pixel units")
-    parser.add_argument("--steps", type=int, default=100, help="of PGD and APGD")
-    parser.add_argument("--queries", type=int, default=1000, help="of Square")
-    parser.add_argument("--attacks", nargs="+", default=list(PAIRS), choices=list(PAIRS))
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    budget = Budget(
-        norm=options.norm,
-        eps=options.eps,
-        steps=options.steps,
-        queries=options.queries,
-        seed=options.seed,
-    )
-    data = load_data("fashion-mnist", "val", options.images)
-    model = load_defense(options.defense).undefended.eval().requires_grad_(False)
-    with torch.no_grad():
-        clean = float((model(data.images).argmax(1) == data.labels).float().mean())
-    print(
-        f"The undefended classifier of {options.defense}, {options.images} validation images, "
-        f"clean {100 * clean:.1f}%, {budget.threat}, {options.steps} steps, "
-        f"{options.queries} queries, seed {options.seed}."
-    )
-    rows = []
-    for name in options.attacks:
-        rows.append(compare(name, PAIRS[name], model, data, budget))
-        print(rows[-1], flush=True)
-    print(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))
+@dataclass(frozen=True, kw_only=True)
+class References(OnImages):
+    """Set our attacks beside torchattacks' on an undefended classifier, at equal budgets."""
+
+    split: str = "val"
+    """train, val or test."""
+    images: int = 200
+    """How many images, a stratified sample."""
+    norm: str = "Linf"
+    """Linf or L2."""
+    eps: float = 0.02
+    """In [0, 1] pixel units."""
+    steps: int = 100
+    """Of PGD and APGD."""
+    queries: int = 1000
+    """Of Square."""
+    attacks: tuple[str, ...] = tuple(PAIRS)
+    """Which attacks."""
+
+    def run(self) -> Result:
+        """Run the pairs."""
+        if unknown := sorted({*self.attacks} - {*PAIRS}):
+            raise UsageError(f"unknown attack {unknown[0]!r}; choose among {', '.join(PAIRS)}.")
+        budget = Budget(
+            norm=self.norm, eps=self.eps, steps=self.steps, queries=self.queries, seed=self.seed
+        )
+        data = load_data(self.data, self.split, self.images)
+        model = load_defense(self.defense).undefended.eval().requires_grad_(False)
+        rows = (compare(name, PAIRS[name], model, data, budget) for name in self.attacks)
+        text = f"{table(rows)}\n\n{self._caption(budget, clean_accuracy(model, data))}"
+        return Result(f"references-{self.norm}", text, self.images * len(self.attacks))
+
+    def _caption(self, budget: Budget, clean: float) -> str:
+        return (
+            f"The undefended classifier of {self.defense}, {self.images} {self.split} images, "
+            f"clean {100 * clean:.1f}%, {budget.threat}, {self.steps} steps, {self.queries} "
+            f"queries, seed {self.seed}."
+        )
+
+
+@torch.no_grad()
+def clean_accuracy(model: nn.Module, data: Images) -> float:
+    """Return the share of images that a classifier gets right as they are."""
+    return float((model(data.images).argmax(1) == data.labels).float().mean())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(References))

@@ -11,12 +11,13 @@ what is printed is how many draws that took, how often it was sure, and how ofte
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from common import OnImages, Result, main
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,7 +28,6 @@ from ebm_defense.eval.judging.rules import has_majority
 from ebm_defense.eval.judging.sequential import Sequential
 from ebm_defense.eval.judging.statistics import share
 from ebm_defense.files import atomic, writable_folder
-from ebm_defense.runtime.memory import keep_freed_memory
 
 EPS = 0.1
 
@@ -77,27 +77,6 @@ def replay(found: Tensor, labels: Tensor, rule: Sequential, most: int) -> tuple[
     return tuple(torch.stack(list(part)) for part in parts)
 
 
-def main() -> int:
-    """Draw, judge, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--defense", default="fashion-mnist")
-    parser.add_argument("--split", default="val")
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--draws", type=int, default=2000)
-    parser.add_argument("--most", type=int, default=150)
-    parser.add_argument("--alpha", type=float, default=Sequential().alpha)
-    parser.add_argument("--out", type=Path, default=Path("runs/sequential"))
-    given = parser.parse_args()
-    keep_freed_memory()
-    folder = writable_folder(given.out / f"{given.defense}-{given.split}-{given.images}")
-    defense = load_defense(given.defense, seed=0)
-    images, labels = load_data("fashion-mnist", given.split, given.images)
-    final = attacked(defense, images, labels, folder)
-    found = torch.from_numpy(votes(defense, final, given.draws, folder).astype(np.int64))
-    print(summary(found, labels, Sequential(alpha=given.alpha), given.most))
-    return 0
-
-
 def summary(found: Tensor, labels: Tensor, rule: Sequential, most: int) -> str:
     """Return what the replay showed, in sentences."""
     counts = F.one_hot(found, int(max(found.max(), labels.max())) + 1).sum(1)
@@ -107,19 +86,44 @@ def summary(found: Tensor, labels: Tensor, rule: Sequential, most: int) -> str:
     wrong = share(int((~agree).sum()), len(agree))
     top = counts.double().topk(2, dim=1).values / counts.sum(1, keepdim=True)
     return (
-        f"{len(labels)} images, {found.shape[1]} draws each; the label has the majority on "
+        f"- {len(labels)} images, {found.shape[1]} draws each; the label has the majority on "
         f"{int(truth.sum())}\n"
-        f"closest elections: {sorted((top[:, 0] - top[:, 1]).tolist())[:5]} apart\n"
-        f"sequential test at alpha {rule.alpha:g}, {decided.numel()} verdicts on at most {most} "
+        f"- closest elections: {sorted((top[:, 0] - top[:, 1]).tolist())[:5]} apart\n"
+        f"- sequential test at alpha {rule.alpha:g}, {decided.numel()} verdicts on at most {most} "
         f"draws\n"
-        f"draws a verdict: {draws.double().mean():.1f} in the mean, "
+        f"- draws a verdict: {draws.double().mean():.1f} in the mean, "
         f"{draws.double().median():.0f} in the median, {most} for the fixed rule\n"
-        f"undecided: {int((~decided).sum())} ({1 - decided.double().mean():.1%})\n"
-        f"wrong of {len(agree)} decided: {wrong.right} "
+        f"- undecided: {int((~decided).sum())} ({1 - decided.double().mean():.1%})\n"
+        f"- wrong of {len(agree)} decided: {wrong.right} "
         f"({wrong.value:.2%}, 95% interval {wrong.low:.2%} to {wrong.high:.2%})\n"
-        f"agreement of all, undecided by majority: {(stands == truth).double().mean():.2%}"
+        f"- agreement of all, undecided by majority: {(stands == truth).double().mean():.2%}"
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Truth(OnImages):
+    """Hold the sequential verdict against a ground truth of thousands of draws."""
+
+    split: str = "val"
+    """train, val or test."""
+    draws: int = 2000
+    """Draws of each image, whose majority is the truth."""
+    most: int = 150
+    """The largest number of draws of a verdict."""
+    alpha: float = Sequential().alpha
+    """Error level of the verdict."""
+
+    def run(self) -> Result:
+        """Attack, draw, judge every window of draws."""
+        name = f"sequential-{self.defense}-{self.split}"
+        folder = writable_folder(self.out / f"{name}-{self.images}")
+        defense = load_defense(self.defense, seed=0)
+        images, labels = load_data(self.data, self.split, self.images)
+        final = attacked(defense, images, labels, folder)
+        found = torch.from_numpy(votes(defense, final, self.draws, folder).astype(np.int64))
+        text = summary(found, labels, Sequential(alpha=self.alpha), self.most)
+        return Result(name, text, self.images * self.draws)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Truth))

@@ -11,26 +11,22 @@ A run cut short goes on where it stopped.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
+from dataclasses import dataclass
 
-import pandas as pd
 import torch
+from common import OnImages, Result, accuracy, main, table
 
 from ebm_defense import PurifiedClassifier, load_data, load_defense
 from ebm_defense.attacks import PGD, CrossEntropy, Gradient, Identity, ThreatModel, make_gradient
 from ebm_defense.data import Images, dataset
 from ebm_defense.eval import evaluate
-from ebm_defense.files import writable_folder, write_text
 from ebm_defense.noise import chain_keys
-from ebm_defense.runtime.memory import keep_freed_memory
 
-RESULTS = Path(__file__).parent / "results"
 STEPS_ACROSS_EPS = 4
 
 
-def gradients(given: argparse.Namespace) -> dict[str, Gradient]:
+def gradients(given: Smoothing) -> dict[str, Gradient]:
     """Return the gradients to compare, by their specs."""
     grid = [
         f"smoothed(width={width:g}, stride={stride}, precision={given.precision!r})"
@@ -41,7 +37,7 @@ def gradients(given: argparse.Namespace) -> dict[str, Gradient]:
 
 
 def cosine(
-    defense: PurifiedClassifier, data: Images, gradient: Gradient, given: argparse.Namespace
+    defense: PurifiedClassifier, data: Images, gradient: Gradient, given: Smoothing
 ) -> float:
     """Return the mean cosine over images between a gradient and BPDA's, on the same noise."""
     keys = chain_keys(given.seed, "cosine", range(len(data.labels)), range(given.replicates))
@@ -56,7 +52,7 @@ def row(
     data: Images,
     spec: str,
     gradient: Gradient,
-    given: argparse.Namespace,
+    given: Smoothing,
 ) -> dict[str, str]:
     """Attack with one gradient, or read what an earlier run found, and return its line."""
     eps = dataset(given.data).eps if given.eps is None else given.eps
@@ -68,7 +64,7 @@ def row(
         gradient=gradient,
     )
     name = spec.replace(":", "-").replace(",", "-").replace("=", "")
-    out = given.out / f"{given.defense}-{given.split}-{len(data.labels)}-{name}"
+    out = given.out / f"smoothing-{given.defense}-{given.split}-{len(data.labels)}-{name}"
     report = evaluate(
         defense,
         *data,
@@ -80,48 +76,14 @@ def row(
     robust, seconds = report.robust(), report.seconds.get(attack.name)
     return {
         "gradient": spec,
-        "robust %": f"{100 * robust.value:.1f}",
-        "95% interval": f"{100 * robust.low:.1f} to {100 * robust.high:.1f}",
+        **accuracy(robust),
         "cosine with BPDA": f"{cosine(defense, data, gradient, given):.2f}",
         "chain-steps an image": f"{attack.chain_steps(defense):,}",
         "seconds": "earlier" if seconds is None else f"{seconds:.0f}",
     }
 
 
-def main() -> int:
-    """Compare, print a line as soon as it is there, and keep the table in benchmarks/results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--defense", default="fashion-mnist")
-    parser.add_argument("--data", default="fashion-mnist")
-    parser.add_argument("--split", default="val")
-    parser.add_argument("--images", type=int, default=24)
-    parser.add_argument("--eps", type=float)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--replicates", type=int, default=4)
-    parser.add_argument("--judge-replicates", type=int, default=32)
-    parser.add_argument("--gradients", nargs="*", help="specs, instead of the grid")
-    parser.add_argument("--widths", type=float, nargs="*", default=[0.1, 0.3, 1.0])
-    parser.add_argument("--strides", type=int, nargs="*", default=[4, 1])
-    parser.add_argument("--precision", default="bf16", help="of the products")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/smoothing"))
-    given = parser.parse_args()
-    keep_freed_memory()
-    writable_folder(given.out)
-    data = load_data(given.data, given.split, given.images)
-    defense = load_defense(given.defense, seed=0)
-    lines: list[dict[str, str]] = []
-    for spec, gradient in gradients(given).items():
-        lines.append(row(defense, data, spec, gradient, given))
-        print(*lines[-1].values(), sep=" | ", flush=True)
-    table = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
-    text = f"{table}\n\n{caption(given)}\n"
-    print(f"\n{text}")
-    write_text(writable_folder(RESULTS) / f"smoothing-{given.defense}-{given.split}.md", text)
-    return 0
-
-
-def caption(given: argparse.Namespace) -> str:
+def caption(given: Smoothing) -> str:
     """Return what all rows share."""
     eps = dataset(given.data).eps if given.eps is None else given.eps
     steps = load_defense(given.defense).purifier.chain_steps
@@ -134,5 +96,41 @@ def caption(given: argparse.Namespace) -> str:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Smoothing(OnImages):
+    """Set smoothed gradients beside BPDA on a piecewise linear energy, at equal budget."""
+
+    split: str = "val"
+    """train, val or test."""
+    images: int = 24
+    """How many images, a stratified sample."""
+    eps: float | None = None
+    """In [0, 1] pixel units; the data set's custom if not given."""
+    steps: int = 10
+    """Attack steps."""
+    replicates: int = 4
+    """Attack replicates."""
+    judge_replicates: int = 32
+    """Fresh replicates of a verification."""
+    gradients: tuple[str, ...] = ()
+    """Gradients by name, instead of the grid."""
+    widths: tuple[float, ...] = (0.1, 0.3, 1.0)
+    """Of the grid."""
+    strides: tuple[int, ...] = (4, 1)
+    """Of the grid."""
+    precision: str = "bf16"
+    """Of the products."""
+
+    def run(self) -> Result:
+        """Attack with each gradient, or read what an earlier run found."""
+        data = load_data(self.data, self.split, self.images)
+        defense = load_defense(self.defense, seed=0)
+        chosen = gradients(self)
+        rows = (row(defense, data, spec, g, self) for spec, g in chosen.items())
+        text = f"{table(rows)}\n\n{caption(self)}"
+        name = f"smoothing-{self.defense}-{self.split}"
+        return Result(name, text, self.images * len(chosen))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Smoothing))

@@ -28,6 +28,7 @@ class Entry(NamedTuple):
 COMMANDS: dict[str, Entry] = {
     "evaluate": Entry("evaluate", "Evaluate", "attack a defense, judge it, print the table"),
     "attacks": Entry("attacks", "Attacks", "list every attack by name, with its cost"),
+    "rank-attacks": Entry("rank_attacks", "RankAttacks", "rank every attack on a defense"),
     "corruptions": Entry("corruptions", "Corruptions", "measure a defense on common corruptions"),
     "signal": Entry("signal", "SignalCommand", "show how many replicates a gradient needs"),
     "merge": Entry("merge", "Merge", "put the parts of a run together that --shard made"),
