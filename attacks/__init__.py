@@ -10,13 +10,14 @@ from ebm_defense.attacks.external.transfer import Transfer
 from ebm_defense.attacks.gradients.base import Gradient, Identity
 from ebm_defense.attacks.gradients.full import Full
 from ebm_defense.attacks.gradients.registry import GRADIENTS, make_gradient
+from ebm_defense.attacks.gradients.score_free import ScoreFree
 from ebm_defense.attacks.gradients.smoothed import Smoothed
 from ebm_defense.attacks.gradients.surrogate import Surrogate
 from ebm_defense.attacks.losses import DLR, LOSSES, CrossEntropy, Margin, TargetedDLR
 from ebm_defense.attacks.optimisers.apgd import APGD, TargetedAPGD
 from ebm_defense.attacks.optimisers.diffhammer import DiffHammer
 from ebm_defense.attacks.optimisers.pgd import PGD
-from ebm_defense.attacks.optimisers.spsa import SPSA, ScoreFree
+from ebm_defense.attacks.optimisers.spsa import SPSA
 from ebm_defense.attacks.optimisers.square import Square
 from ebm_defense.attacks.threat import ThreatModel
 

@@ -73,7 +73,7 @@ class Attack(Protocol):
 
     @property
     def replicates(self) -> int:
-        """Purifications an image and look."""
+        """Purifications an image and query."""
         ...
 
     @property
@@ -103,7 +103,7 @@ class Attack(Protocol):
             labels: true classes `[b]`.
             ids: the images' own numbers, on which their noise depends.
             seed: the run's seed.
-            judge: hears every proposal.
+            judge: gets every proposal, and tells which images still stand.
         """
         ...
 

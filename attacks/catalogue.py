@@ -27,7 +27,8 @@ from ebm_defense.errors import UsageError
 from ebm_defense.weights import load_defense
 
 STEPS_ACROSS_EPS = 4  # the published step is 2/255 at eps 8/255
-PARTS: dict[str, Mapping[str, Callable[..., Any]]] = {"gradient": GRADIENTS, "loss": LOSSES}
+FACTORS: dict[str, Mapping[str, Callable[..., Any]]] = {"gradient": GRADIENTS, "loss": LOSSES}
+"""The settings of an attack that may be given by name, each with its registry."""
 
 
 class Entry(NamedTuple):
@@ -128,9 +129,9 @@ def make_attack(text: str, **settings: Any) -> Attack:
         raise UsageError(f"attack {name} keeps to {' or '.join(entry.norms)}, not {threat.norm}.")
     if not _takes_anything(make):
         spec.refuse_unknown(given, takes(text), f"attack {name}")
-    for part, registry in PARTS.items():
-        if isinstance(given.get(part), str):
-            given[part] = spec.make_from_spec(registry, given[part], part)
+    for factor, registry in FACTORS.items():
+        if isinstance(given.get(factor), str):
+            given[factor] = spec.make(registry, given[factor], factor)
     if "step_size" in takes(text) and "step_size" not in given:
         given["step_size"] = threat.eps / STEPS_ACROSS_EPS
     return make(**({"threat": threat} | given))
@@ -143,7 +144,7 @@ def takes(text: str) -> frozenset[str]:
         UsageError: an unknown name.
     """
     entry, make = _find(spec.parse(text).name)
-    return spec.settings_of(make) - set(entry.fixed)
+    return spec.parameter_names(make) - set(entry.fixed)
 
 
 def _find(name: str) -> tuple[Entry, Callable[..., Attack]]:
@@ -164,7 +165,7 @@ def _takes_anything(make: Callable[..., Attack]) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in found)
 
 
-def members() -> Iterator[tuple[str, str]]:
+def library_attacks() -> Iterator[tuple[str, str]]:
     """Yield each library attack that can be used here, with the norms it keeps to.
 
     A library that is not installed yields one line that says so.

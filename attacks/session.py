@@ -1,4 +1,4 @@
-"""What every attack does at every step: look through keyed noise, and hear the judge."""
+"""What attacks do at every step: query the defense by keyed noise, ask the judge, keep the best."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ebm_defense.attacks.base import Judge, Proposal, attack_replicates
+from ebm_defense.attacks.base import DirectCall, Judge, Proposal, attack_replicates, lenient
 from ebm_defense.attacks.gradients.base import Gradient, GradientEstimate
 from ebm_defense.attacks.losses import Loss
 from ebm_defense.attacks.threat import per_image
@@ -21,10 +21,10 @@ LOG = logging.getLogger("ebm_defense.attacks")
 
 
 class QueryResult(NamedTuple):
-    """What a look showed of the images that still stand after it.
+    """What a query showed of the images that still stand after it.
 
     Attributes:
-        stands: which of the images looked at still stand, bool on the images' device.
+        stands: which of the queried images still stand, bool on the images' device.
         loss: `[b]`.
         gradient: of the loss, `[b, C, H, W]`; zero where none was asked for, and where it was NaN
             or infinite.
@@ -40,8 +40,8 @@ class QueryResult(NamedTuple):
 class AttackSession:
     """One run of an attack before a judge: its noise, the images that stand, what it found.
 
-    Looks are numbered, and the noise of a look depends on its number and on the image alone. So
-    an attack gives the same images whatever the batch, as long as the looks that it takes do not
+    Queries are numbered, and the noise of a query depends on its number and on the image alone. So
+    an attack gives the same images whatever the batch, as long as the queries that it makes do not
     depend on the other images.
 
     Args:
@@ -50,12 +50,12 @@ class AttackSession:
         labels: true classes `[n]`.
         ids: the images' own numbers.
         seed: the run's seed.
-        judge: hears every look.
-        replicates: purifications an image and look, where the defense is random.
+        judge: gets every query's images.
+        replicates: purifications an image and query, where the defense is random.
 
     Attributes:
         rows: the images that still stand, `[b]`.
-        looks: how many looks were taken.
+        queries: how many were made.
         found: `[n, C, H, W]`: the images that the judge struck, else the best that were kept, else
             the originals.
     """
@@ -75,7 +75,7 @@ class AttackSession:
         self.replicates = attack_replicates(replicates, defense)
         self._images, self._labels, self._ids = images, labels, ids
         self.rows = torch.arange(len(images))
-        self.looks = 0
+        self.queries = 0
         self.found = images.clone()
         self._wrong = torch.zeros(len(images), dtype=torch.bool, device=images.device)
         self._loss = images.new_full((len(images),), -torch.inf)
@@ -107,29 +107,33 @@ class AttackSession:
         return KeyedNoise(keys.to(self._images.device))
 
     def query(self, x: Tensor, loss: Loss, gradient: Gradient | None = None) -> QueryResult:
-        """Look at `x` `[b, C, H, W]`, in place of the images that still stand, and be judged.
+        """Query the defense at `x` `[b, C, H, W]`, in place of the standing images, and be judged.
 
         Raises:
             UsageError: the defense returned logits that are not finite.
         """
-        purpose = f"attack step {self.looks}"
+        purpose = f"attack step {self.queries}"
         keys = chain_keys(self.seed, purpose, self._standing_ids(), self.replicates)
-        if gradient is None:
-            with torch.no_grad():
-                look = GradientEstimate(torch.zeros_like(x), self.defense.replicate_logits(x, keys))
-        else:
-            look = gradient(self.defense, x, self.labels, keys, loss)
-        refuse_nan(look.logits, self._standing_ids())
-        blind = ~look.gradient.flatten(1).isfinite().all(1)
+        slope, logits = self._estimate(x, keys, loss, gradient)
+        refuse_nan(logits, self._standing_ids())
+        blind = ~slope.flatten(1).isfinite().all(1)
         self._warn(blind)
-        slope = look.gradient.masked_fill(per_image(blind), 0.0)
+        slope = slope.masked_fill(per_image(blind), 0.0)
         with torch.no_grad():
-            value = loss(look.logits, self.labels)
+            value = loss(logits, self.labels)
         cost = len(self.rows) * self._cost(gradient)
-        stands = self.judge(Proposal(self.looks, self.rows, x, look.logits, blind, cost)).cpu()
+        stands = self.judge(Proposal(self.queries, self.rows, x, logits, blind, cost)).cpu()
         self.found[self.rows[~stands]] = x[~stands]
-        self.rows, self.looks = self.rows[stands], self.looks + 1
-        return QueryResult(stands, value[stands], slope[stands], look.logits[:, stands])
+        self.rows, self.queries = self.rows[stands], self.queries + 1
+        return QueryResult(stands, value[stands], slope[stands], logits[:, stands])
+
+    def _estimate(
+        self, x: Tensor, keys: Tensor, loss: Loss, gradient: Gradient | None
+    ) -> GradientEstimate:
+        if gradient is not None:
+            return gradient(self.defense, x, self.labels, keys, loss)
+        with torch.no_grad():
+            return GradientEstimate(torch.zeros_like(x), self.defense.replicate_logits(x, keys))
 
     def keep(self, x: Tensor, seen: QueryResult) -> None:
         """Keep `x`, just seen and still standing, where it is the best so far.
@@ -146,7 +150,7 @@ class AttackSession:
         self._wrong[rows[better]], self._loss[rows[better]] = wrong[better], seen.loss[better]
 
     def _cost(self, gradient: Gradient | None) -> int:
-        """Return the chain-steps of a look at one image."""
+        """Return the chain-steps of a query of one image."""
         draws = len(self.replicates)
         if gradient is None:
             return draws * self.defense.purifier.chain_steps
@@ -164,6 +168,38 @@ class AttackSession:
                 "another gradient or loss, or lower the purifier's step size.",
                 _named(blind, self._standing_ids()),
             )
+
+
+class SessionAttack(DirectCall):
+    """An attack made of queries: a subclass overrides `pursue`."""
+
+    replicates: int
+
+    def pursue(self, session: AttackSession) -> None:
+        """Query the session's images, and let it keep the best, until the budget is spent."""
+        raise NotImplementedError
+
+    def run(
+        self,
+        defense: PurifiedClassifier,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        ids: Sequence[int],
+        seed: int,
+        judge: Judge = lenient,
+    ) -> Tensor:
+        session = AttackSession(
+            defense,
+            images,
+            labels,
+            ids=ids,
+            seed=seed,
+            judge=judge,
+            replicates=self.replicates,
+        )
+        self.pursue(session)
+        return session.found
 
 
 def refuse_nan(logits: Tensor, ids: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""Parts named on a command line: `name` or `name(parameter=value, …)`."""
+"""Attacks, gradients and losses named in text: `name` or `name(parameter=value, …)`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from ebm_defense.errors import UsageError
 
 T = TypeVar("T")
-PART = re.compile(r"[a-z][a-z0-9-]*\(.*\)", re.DOTALL)
+NESTED = re.compile(r"[a-z][a-z0-9-]*\(.*\)", re.DOTALL)
 
 
 class Spec(NamedTuple):
@@ -64,11 +64,11 @@ def _plain(call: ast.Call) -> bool:
 
 
 def _value(node: ast.expr, line: str) -> Any:
-    part = ast.get_source_segment(line, node) or ""
-    if not PART.fullmatch(part):
+    text = ast.get_source_segment(line, node) or ""
+    if not NESTED.fullmatch(text):
         return ast.literal_eval(node)
-    parse(part)
-    return part
+    parse(text)
+    return text
 
 
 def write(values: Mapping[str, Any], source: str) -> str:
@@ -104,24 +104,24 @@ def near(name: str, names: Iterable[str]) -> str:
     return f"near it are {', '.join(close)}" if close else "`ebm-defense attacks` lists them all"
 
 
-def settings_of(make: Callable[..., Any]) -> frozenset[str]:
+def parameter_names(make: Callable[..., Any]) -> frozenset[str]:
     """Return the names of the parameters that a class or function takes by name."""
     kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     found = inspect.signature(make).parameters.values()
     return frozenset(p.name for p in found if p.kind in kinds)
 
 
-def make_from_spec(registry: Mapping[str, Callable[..., T]], text: str, what: str) -> T:
-    """Make a registry's part from `name(parameter=value, …)`.
+def make(registry: Mapping[str, Callable[..., T]], text: str, what: str) -> T:
+    """Make an entry of a registry from `name(parameter=value, …)`.
 
     Raises:
         UsageError: an unknown name, a parameter it does not take, or a value that does not fit.
     """
     spec = parse(text)
-    make = lookup(registry, spec.name, what)
-    refuse_unknown(spec.parameters, settings_of(make), f"{what} {spec.name}")
+    maker = lookup(registry, spec.name, what)
+    refuse_unknown(spec.parameters, parameter_names(maker), f"{what} {spec.name}")
     try:
-        return make(**spec.parameters)
+        return maker(**spec.parameters)
     except (OverflowError, TypeError) as error:
         raise UsageError(f"the settings of {text!r} do not fit: {error}.") from error
 

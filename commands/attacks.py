@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ebm_defense.attacks import Attack, ThreatModel
-from ebm_defense.attacks.catalogue import ATTACKS, FAMILIES, Entry, make_attack, members
+from ebm_defense.attacks.catalogue import ATTACKS, FAMILIES, Entry, library_attacks, make_attack
 from ebm_defense.data import DATASETS
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
@@ -39,7 +39,7 @@ class Attacks:
             print(_line(f"{family}:NAME", UNKNOWN, " ".join(entry.norms), entry))
         if self.libraries:
             print("\nattacks of other libraries, with their chain-steps and norms:")
-            for name, norms in members():
+            for name, norms in library_attacks():
                 print(f"{name:<60} {_cost(name, norms.split()[0], defense, eps):>12}  {norms}")
         print(f"\nchain-steps an image on {self.defense}; settings in brackets: bpda(steps=20)")
         return 0

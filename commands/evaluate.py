@@ -26,7 +26,7 @@ from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.eval import Protocol, Report, evaluate, get_protocol, load_protocol
 from ebm_defense.eval.load_run import load_run
-from ebm_defense.eval.protocols.overrides import choose
+from ebm_defense.eval.protocols.overrides import override
 from ebm_defense.eval.protocols.presets import fitting_gradient
 from ebm_defense.eval.protocols.protocol import Through
 from ebm_defense.eval.reporting.captions import attack_caption
@@ -190,7 +190,7 @@ class Evaluate:
         if self.protocol.endswith(".toml"):
             return self._from_file({k: v for k, v in budget.items() if v is not None})
         budget["eps"] = dataset(self.data).eps if self.eps is None else self.eps
-        return choose(
+        return override(
             get_protocol(self.protocol, through=through, **budget),
             self._chosen(),
             gradient=self.gradient,
@@ -210,7 +210,7 @@ class Evaluate:
                 f"{self.protocol} says all of the protocol; write "
                 f"{', '.join([*given, *['attack'] * bool(self._chosen())])} there instead."
             )
-        return choose(load_protocol(self.protocol), (), gradient=self.gradient, loss=self.loss)
+        return override(load_protocol(self.protocol), (), gradient=self.gradient, loss=self.loss)
 
     def make_defense(self) -> PurifiedClassifier:
         """Return the defense that the options name."""

@@ -12,7 +12,7 @@ from ebm_defense.attacks.gradients.snr import Signal, eot_signal
 from ebm_defense.commands.options import Device, make_purifier, put_on, resolve_device
 from ebm_defense.data import load_data
 from ebm_defense.defense import PurifiedClassifier
-from ebm_defense.eval.judging.check_model import probe
+from ebm_defense.eval.judging.check_model import check_model
 from ebm_defense.weights import load_defense
 
 
@@ -60,7 +60,7 @@ class SignalCommand:
         data = load_data(self.data, self.split, self.images, root=self.data_root)
         defense = put_on(self._defense(), device)
         images, labels = data.images.to(device), data.labels.to(device)
-        probe(defense, images, labels)
+        check_model(defense, images, labels)
         rows = eot_signal(
             defense,
             images,

@@ -11,8 +11,7 @@ from tqdm import tqdm
 
 from ebm_defense.attacks import ThreatModel
 from ebm_defense.attacks.external.advgan_training import AdvGANRecipe, AdvGANTrainer, Update
-from ebm_defense.attacks.gradients.registry import GRADIENTS
-from ebm_defense.attacks.spec import make_from_spec
+from ebm_defense.attacks.gradients.registry import make_gradient
 from ebm_defense.commands.options import (
     CHECKPOINT,
     Device,
@@ -105,7 +104,7 @@ class TrainAdvgan:
         if self.checkpoint_every < 1:
             raise UsageError("checkpoint_every must be at least 1.")
         recipe, threat = self.recipe(), self._threat()
-        gradient = make_from_spec(GRADIENTS, self.gradient, "gradient")
+        gradient = make_gradient(self.gradient)
         device, out = resolve_device(self.device), writable_folder(self.out)
         checkpoint = checkpoint_of(out, self.resume)
         data = load_data(self.data, self.split, self.images, root=self.data_root)

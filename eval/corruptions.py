@@ -21,7 +21,7 @@ from ebm_defense.attacks.session import refuse_nan
 from ebm_defense.data import Images
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
-from ebm_defense.eval.judging.check_model import probe
+from ebm_defense.eval.judging.check_model import check_model
 from ebm_defense.eval.judging.judge import Stream, draw_logits
 from ebm_defense.eval.judging.statistics import CONFIDENCE, share
 from ebm_defense.eval.reporting.captions import defense_caption
@@ -150,7 +150,7 @@ def evaluate_corruptions(
     defense = as_defense(model)
     names = list(CORRUPTIONS) if corruptions is None else list(corruptions)
     _check(images, names, severities, made_here=make is None)
-    probe(defense, images, labels)
+    check_model(defense, images, labels)
     draws = defense.replicates if replicates is None else replicates
     settings = {
         "kind": "corruptions",

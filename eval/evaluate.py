@@ -13,8 +13,12 @@ from torch import Tensor
 from ebm_defense.attacks.base import Attack
 from ebm_defense.defense import as_defense
 from ebm_defense.errors import UsageError
-from ebm_defense.eval.judging.check_model import probe
-from ebm_defense.eval.judging.sanity_checks import SanityChecks, measure, save_sanity_checks
+from ebm_defense.eval.judging.check_model import check_model
+from ebm_defense.eval.judging.sanity_checks import (
+    SanityChecks,
+    run_sanity_checks,
+    save_sanity_checks,
+)
 from ebm_defense.eval.memory import chains_restored
 from ebm_defense.eval.protocols.presets import fitting_gradient
 from ebm_defense.eval.protocols.protocol import Protocol, Through, get_protocol
@@ -69,7 +73,7 @@ def evaluate(
     if not len(images):
         raise UsageError("there are no images to evaluate.")
     defense = as_defense(model)
-    probe(defense, images, labels)
+    check_model(defense, images, labels)
     chosen = _protocol(
         protocol, attacks, judge_replicates, partial(fitting_gradient, defense, images)
     )
@@ -79,7 +83,9 @@ def evaluate(
     if workers.parts > 1:
         settings["shard"] = f"{workers.part}/{workers.parts}"
     if out is None:
-        report = report_of(run(job, MemoryStore(), workers), settings, chosen, images, _look(job))
+        report = report_of(
+            run(job, MemoryStore(), workers), settings, chosen, images, _sanity_checks(job)
+        )
     else:
         report = _kept(job, settings, out, workers)
     log_flags(report.flags)
@@ -91,7 +97,7 @@ def _kept(job: Job, settings: dict[str, Any], out: str | Path, workers: Workers)
     data = {"images": job.images, "labels": job.labels}
     with RunFolder(out, settings, data, workers).claimed() as folder:
         done = run(job, folder, workers)
-        sanity_checks = _look(job) if workers.leads else None
+        sanity_checks = _sanity_checks(job) if workers.leads else None
         report = report_of(done, settings, job.protocol, job.images, sanity_checks)
         if sanity_checks is not None:
             save_sanity_checks(folder.path, sanity_checks)
@@ -100,9 +106,12 @@ def _kept(job: Job, settings: dict[str, Any], out: str | Path, workers: Workers)
     return report
 
 
-def _look(job: Job) -> SanityChecks:
-    """Look at the model for flags, with as many chains at a time as fit."""
-    work = partial(measure, job.defense, job.images, job.labels, job.protocol.attacks, job.seed)
+def _sanity_checks(job: Job) -> SanityChecks:
+    """Check the model for flags, with as many chains at a time as fit."""
+    protocol = job.protocol
+    work = partial(
+        run_sanity_checks, job.defense, job.images, job.labels, protocol.attacks, job.seed
+    )
     with chains_restored(job.defense):
         return job.defense.packing.fitting(work)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ebm_defense.attacks.session import refuse_nan
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
-from ebm_defense.eval.judging.check_model import probe
+from ebm_defense.eval.judging.check_model import check_model
 from ebm_defense.eval.judging.judge import Stream, draw_logits
 from ebm_defense.eval.judging.paired import mcnemar
 from ebm_defense.eval.judging.statistics import Share, share
@@ -133,7 +133,7 @@ def reverify(
         seed = derive_seed(report.settings["seed"], f"verification {number}")
     device = next(defense.parameters(), torch.empty(0)).device
     labels = torch.tensor(report.records["label"].to_numpy(copy=True), device=device)
-    probe(defense, report.originals.to(device), labels)
+    check_model(defense, report.originals.to(device), labels)
     records = report.records[["image", "label"]].copy()
     for name, images, before in judged(report):
         stream = Stream(seed, f"verification {name}", draws)

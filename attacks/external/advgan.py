@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ebm_defense.attacks.external.one_shot import Crafted, OneShotAttack, check_replicates
+from ebm_defense.attacks.checks import check_replicates
+from ebm_defense.attacks.external.one_shot import Crafted, OneShotAttack
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError

@@ -24,7 +24,7 @@ from ebm_defense.noise import chain_keys, derive_seed
 @dataclass(frozen=True, kw_only=True)
 class CarliniWagner:
     """The margin max_{i≠y} z_i − z_y of mean logits, counted up to `confidence`
-    (Carlini, Wagner 2017); beyond it a broken image pulls no more.
+    (Carlini, Wagner 2017); beyond it a broken image weighs no more.
     """
 
     confidence: float = 5.0
@@ -82,7 +82,7 @@ class Update(NamedTuple):
 
 
 class AdvGANTrainer:
-    """Trains a generator; iterate `run()` and look at each `Update`.
+    """Trains a generator; iterate `run()`, which gives `Update`s.
 
     Args:
         defense: what is attacked: a defense, or a bare classifier as one.
@@ -134,10 +134,10 @@ class AdvGANTrainer:
         raw = self.generator.unbounded(images, self.threat)
         attacked = within(images, raw, self.threat)
         self._discriminate(images, attacked.detach())
-        margin, pull, fooled = self._attack(attacked, labels, rows, number)
+        margin, rise, fooled = self._attack(attacked, labels, rows, number)
         gan = (self.discriminator(attacked) - 1.0).square().mean()
         hinge = (raw.flatten(1).norm(dim=1) - self.bound).relu().mean()
-        loss = -pull + self.recipe.gan_weight * gan + self.recipe.hinge_weight * hinge
+        loss = -rise + self.recipe.gan_weight * gan + self.recipe.hinge_weight * hinge
         _descend(self.optimisers[0], loss)
         return Update(number, margin, float(gan.detach()), float(hinge.detach()), fooled)
 
@@ -156,10 +156,10 @@ class AdvGANTrainer:
         replicates = attack_replicates(self.recipe.replicates, self.defense)
         seed = derive_seed(self.recipe.seed, f"advgan noise {number}")
         keys = chain_keys(seed, "advgan", rows.tolist(), replicates)
-        look = self.gradient(self.defense, attacked.detach(), labels, keys, loss)
-        pull = (attacked * look.gradient).flatten(1).sum(1).mean()
-        wrong = self.defense.combine(look.logits).argmax(-1) != labels
-        return float(loss(look.logits, labels).mean()), pull, float(wrong.float().mean())
+        estimate = self.gradient(self.defense, attacked.detach(), labels, keys, loss)
+        rise = (attacked * estimate.gradient).flatten(1).sum(1).mean()
+        wrong = self.defense.combine(estimate.logits).argmax(-1) != labels
+        return float(loss(estimate.logits, labels).mean()), rise, float(wrong.float().mean())
 
     def _discriminate(self, real: Tensor, made: Tensor) -> None:
         loss = (self.discriminator(real) - 1.0).square().mean()

@@ -111,7 +111,7 @@ class ArtAttack(LibraryAttack):
         if not _attacks_classifiers(attack):
             return ()
         name = attack.__name__
-        if "norm" in spec.settings_of(attack):
+        if "norm" in spec.parameter_names(attack):
             return SOME.get(name, EVERY)
         return (NORMS[name],) if name in NORMS else ()
 

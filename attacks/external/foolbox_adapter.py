@@ -72,7 +72,7 @@ class FoolboxAttack(LibraryAttack):
 
     @classmethod
     def norms_of(cls, attack: type) -> tuple[str, ...]:
-        if spec.settings_of(attack) & cls.filled:
+        if spec.parameter_names(attack) & cls.filled:
             return SOME.get(attack.__name__, EVERY)
         distance = getattr(attack, "distance", None)
         if isinstance(distance, property):

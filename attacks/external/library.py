@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ebm_defense.attacks import spec
-from ebm_defense.attacks.external.one_shot import Crafted, OneShotAttack, check_replicates
+from ebm_defense.attacks.checks import check_replicates
+from ebm_defense.attacks.external.one_shot import Crafted, OneShotAttack
 from ebm_defense.attacks.threat import NORMS, ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
@@ -48,7 +49,7 @@ class LibraryAttack(OneShotAttack):
         threat: what may change; the images are projected onto it.
         parameters: the class's own parameters, as a mapping or as "name=value, …"; those that
             it needs of the threat model, the classes and the seed are filled in.
-        replicates: purifications a call and for the last look.
+        replicates: purifications a call and for the last query.
 
     A subclass names the `library`, the classes `refused` with the reason, the packages that some
     of them `needs`, the required parameters that it has `filled` itself, and, of classes that ask
@@ -115,7 +116,7 @@ class LibraryAttack(OneShotAttack):
     def chain_steps(self, defense: PurifiedClassifier) -> int:
         """Return the Langevin steps that an image costs which stands to the end.
 
-        Where `calls` does not know the class, those of the look at its final image alone.
+        Where `calls` does not know the class, those of the query of its final image alone.
         """
         return super().chain_steps(defense) + (self._calls or 0) * self._call_steps(defense)
 
@@ -131,7 +132,7 @@ class LibraryAttack(OneShotAttack):
             return None  # a parameter that only the library can refuse
 
     def _call_steps(self, defense: PurifiedClassifier) -> int:
-        """Return the Langevin steps of one call for one image: those of the look at it."""
+        """Return the Langevin steps of one call for one image: those of the query."""
         return super().chain_steps(defense)
 
     @property
@@ -142,7 +143,7 @@ class LibraryAttack(OneShotAttack):
 
     def keywords(self, known: Mapping[str, Any]) -> dict[str, Any]:
         """Return what to call the class with: `known` as far as it takes it, then its own."""
-        takes = spec.settings_of(self.classes()[self.attack])
+        takes = spec.parameter_names(self.classes()[self.attack])
         return {name: value for name, value in known.items() if name in takes} | self.own
 
     def craft(
@@ -209,7 +210,11 @@ class LibraryAttack(OneShotAttack):
 
     def _check_parameters(self, title: str) -> None:
         signature = inspect.signature(self.classes()[self.attack])
-        takes = spec.settings_of(self.classes()[self.attack]) - {"model", "estimator", "classifier"}
+        takes = spec.parameter_names(self.classes()[self.attack]) - {
+            "model",
+            "estimator",
+            "classifier",
+        }
         spec.refuse_unknown(self.own, takes, title)
         for name, parameter in signature.parameters.items():
             wanted = parameter.default is parameter.empty and parameter.kind not in (

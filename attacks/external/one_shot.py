@@ -17,7 +17,6 @@ from ebm_defense.attacks.base import (
 )
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
-from ebm_defense.errors import UsageError
 from ebm_defense.noise import chain_keys
 
 
@@ -43,7 +42,7 @@ class OneShotAttack(DirectCall):
         return 1
 
     def chain_steps(self, defense: PurifiedClassifier) -> int:
-        """Return the Langevin steps of the look at an image; a subclass adds its making."""
+        """Return the Langevin steps of the query of an image; a subclass adds its making."""
         return len(attack_replicates(self.replicates, defense)) * defense.purifier.chain_steps
 
     def craft(
@@ -78,9 +77,3 @@ class OneShotAttack(DirectCall):
         cost = crafted.chain_steps + keys.numel() * defense.purifier.chain_steps
         judge(Proposal(0, torch.arange(len(x)), x, logits, chain_steps=cost))
         return x
-
-
-def check_replicates(replicates: int) -> None:
-    """Refuse fewer than one replicate."""
-    if replicates < 1:
-        raise UsageError(f"replicates must be at least 1, not {replicates}.")

@@ -80,7 +80,7 @@ class TorchattacksAttack(LibraryAttack):
 
     @classmethod
     def norms_of(cls, attack: type) -> tuple[str, ...]:
-        if "norm" in spec.settings_of(attack):
+        if "norm" in spec.parameter_names(attack):
             return ("Linf", "L2")  # it asserts so
         return NORMS.get(attack.__name__, ("Linf",))
 

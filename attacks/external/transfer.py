@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from ebm_defense.attacks.base import Attack, Proposal, cost, lenient
-from ebm_defense.attacks.external.one_shot import Crafted, OneShotAttack, check_replicates
+from ebm_defense.attacks.checks import check_replicates
+from ebm_defense.attacks.external.one_shot import Crafted, OneShotAttack
 from ebm_defense.attacks.optimisers.pgd import PGD
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier, as_defense

@@ -15,7 +15,7 @@ from ebm_defense.errors import UsageError
 
 
 class GradientEstimate(NamedTuple):
-    """What one look at the defense shows: the gradient `[b, C, H, W]` of the loss summed over
+    """What one query of the defense shows: the gradient `[b, C, H, W]` of the loss summed over
     images, and the replicate logits `[r, b, classes]` on the way.
     """
 
@@ -37,11 +37,11 @@ class Gradient(Protocol):
         keys: Tensor,
         loss: Loss,
     ) -> GradientEstimate:
-        """Look at `images` `[b, C, H, W]` through the noise of `keys` `[r, b]`."""
+        """Estimate it at `images` `[b, C, H, W]` through the noise of `keys` `[r, b]`."""
         ...
 
     def chain_steps(self, defense: PurifiedClassifier, replicates: int = 1) -> int:
-        """Return the cost of a look at one image by so many replicates, in Langevin steps.
+        """Return the cost of a query of one image by so many replicates, in Langevin steps.
 
         Raises:
             UsageError: the defense has no such gradient; asked first, so that no work is lost.
@@ -70,7 +70,7 @@ class VjpGradient:
         raise NotImplementedError
 
     def chain_steps(self, defense: PurifiedClassifier, replicates: int = 1) -> int:
-        """Return the cost of a look at one image by so many replicates, in Langevin steps."""
+        """Return the cost of a query of one image by so many replicates, in Langevin steps."""
         raise NotImplementedError
 
     def __call__(

@@ -1,4 +1,4 @@
-"""A stepped purifier's chain, run once and walked back block by block."""
+"""A stepped purifier's chain, run once and differentiated block by block."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ allowed."""
 
 @dataclass(frozen=True, kw_only=True)
 class ChainGradient(VjpGradient):
-    """What the gradients that walk back through a purifier's steps have in common.
+    """What the gradients that go back through a purifier's steps have in common.
 
     Attributes:
         store: "all" states of the chains, "checkpoints" (the square root of that many, and the
@@ -120,8 +120,8 @@ class ChainGradient(VjpGradient):
             step_vjp = self.vjp_step(chain.purifier, noise, chain.end)
 
             def back(g: Tensor, x: Tensor, block: range) -> Tensor:
-                pulled = step_vjp(g, x, block.start)
-                return pulled if len(block) == 1 else g.lerp(pulled, len(block))
+                earlier = step_vjp(g, x, block.start)
+                return earlier if len(block) == 1 else g.lerp(earlier, len(block))
 
             return chain.vjp(cotangent, back, self.replay_tolerance)
 
@@ -142,7 +142,7 @@ class ChainGradient(VjpGradient):
         return by_engine if prepared else by_autograd
 
     def chain_steps(self, defense: PurifiedClassifier, replicates: int = 1) -> int:
-        """Return the cost of a look at one image by so many replicates, in Langevin steps.
+        """Return the cost of a query of one image by so many replicates, in Langevin steps.
 
         States computed again cost one chain more; they are counted for "checkpoints" alone, since
         what "auto" keeps depends on the batch.

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from ebm_defense.attacks import spec
 from ebm_defense.attacks.gradients.base import Gradient, Identity
 from ebm_defense.attacks.gradients.full import Full
+from ebm_defense.attacks.gradients.score_free import ScoreFree
 from ebm_defense.attacks.gradients.smoothed import Smoothed
 from ebm_defense.attacks.gradients.surrogate import Surrogate
-from ebm_defense.attacks.optimisers.spsa import ScoreFree
 
 
 def surrogate(steps: int = 10, through: str = "full") -> Surrogate:
@@ -33,4 +33,4 @@ def make_gradient(text: str) -> Gradient:
     Raises:
         UsageError: an unknown name or setting, or a value out of range.
     """
-    return spec.make_from_spec(GRADIENTS, text, "gradient")
+    return spec.make(GRADIENTS, text, "gradient")

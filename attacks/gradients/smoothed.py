@@ -115,7 +115,7 @@ class Smoothed(ChainGradient):
         return Purified(purified, vjp)
 
     def chain_steps(self, defense: PurifiedClassifier, replicates: int = 1) -> int:
-        """Return the cost of a look at one image, in Langevin steps; see `ChainGradient`."""
+        """Return the cost of a query of one image, in Langevin steps; see `ChainGradient`."""
         once = super().chain_steps(defense, replicates)
         if not self.perturbation:
             return once

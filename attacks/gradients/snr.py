@@ -70,12 +70,14 @@ def eot_signal(
         raise UsageError("this defense is deterministic: its gradient has no noise to measure.")
     gradient.chain_steps(defense)
 
-    def look(count: int, half: str) -> Tensor:
+    def estimate(count: int, half: str) -> Tensor:
         keys = chain_keys(seed, f"signal {count} {half}", range(len(images)), range(count))
         found = gradient(defense, images, labels, keys, loss).gradient
         return found.flatten(1).double()
 
-    return [compare(count, look(count, "first"), look(count, "second")) for count in replicates]
+    return [
+        compare(count, estimate(count, "first"), estimate(count, "second")) for count in replicates
+    ]
 
 
 def compare(replicates: int, first: Tensor, second: Tensor) -> Signal:

@@ -21,8 +21,8 @@ class Surrogate:
     """The gradient through fewer, larger steps of the same total time Σε², run end to end.
 
     The cheap chain runs from the image to its own end, is classified there, and is differentiated
-    all the way; no state of the true chain enters it. The look's logits are the true defense's on
-    the same image and keys, so that the judge screens what the defense would have said; a look
+    all the way; no state of the true chain enters it. The query's logits are the true defense's
+    on the same image and keys, so that the judge screens what the defense would have said; a query
     costs both, and holds what `through` holds of the cheap chain.
 
     Attributes:
@@ -49,7 +49,7 @@ class Surrogate:
         keys: Tensor,
         loss: Loss,
     ) -> GradientEstimate:
-        """Look at `images` `[b, C, H, W]` through the noise of `keys` `[r, b]`.
+        """Estimate it at `images` `[b, C, H, W]` through the noise of `keys` `[r, b]`.
 
         Raises:
             UsageError: the defense runs no Langevin chain, or the cheap one diverges.
@@ -90,7 +90,7 @@ class Surrogate:
         return PurifiedClassifier(defense.classifier, purifier, max_chains=defense.max_chains)
 
     def chain_steps(self, defense: PurifiedClassifier, replicates: int = 1) -> int:
-        """Return the cost of a look at one image, in Langevin steps: cheap and true chain.
+        """Return the cost of a query of one image, in Langevin steps: cheap and true chain.
 
         Raises:
             UsageError: the defense runs no Langevin chain, or a shorter one.

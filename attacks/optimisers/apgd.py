@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar, Self
@@ -10,7 +10,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ebm_defense.attacks.base import DirectCall, Judge, attack_replicates, lenient
+from ebm_defense.attacks.base import attack_replicates
+from ebm_defense.attacks.checks import check_budget, check_positive
 from ebm_defense.attacks.gradients.base import Gradient, Identity
 from ebm_defense.attacks.losses import (
     CrossEntropy,
@@ -31,12 +32,10 @@ from ebm_defense.attacks.optimisers.apgd_rules import (
 )
 from ebm_defense.attacks.optimisers.ascent import (
     attack_name,
-    check_budget,
-    check_positive,
     start,
     without_purifier,
 )
-from ebm_defense.attacks.session import AttackSession, QueryResult
+from ebm_defense.attacks.session import AttackSession, QueryResult, SessionAttack
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
@@ -46,7 +45,7 @@ Aim = Callable[[Tensor], Loss]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoPGD(DirectCall):
+class AutoPGD(SessionAttack):
     """The ascent of Croce and Hein (2020, 2021), which chooses its own steps, per image.
 
     In Linf and L2 it has momentum and halves its steps; in L1 its steps are sparse, and grow
@@ -108,35 +107,16 @@ class AutoPGD(DirectCall):
         draws = len(attack_replicates(self.replicates, defense))
         again = len(self._reviews) if defense.purifier.stochastic else 0
         climbing = (self.steps + again) * self._source.chain_steps(defense, draws)
-        return self.runs * (climbing + self.plain_look_steps(defense))
+        return self.runs * (climbing + self._query_steps(defense))
 
-    def plain_look_steps(self, defense: PurifiedClassifier) -> int:
-        """Return the chain-steps of a look at one image without a gradient."""
+    def _query_steps(self, defense: PurifiedClassifier) -> int:
+        """Return the chain-steps of a query of one image without a gradient."""
         return len(attack_replicates(self.replicates, defense)) * defense.purifier.chain_steps
 
-    def run(
-        self,
-        defense: PurifiedClassifier,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        ids: Sequence[int],
-        seed: int,
-        judge: Judge = lenient,
-    ) -> Tensor:
-        session = AttackSession(
-            defense,
-            images,
-            labels,
-            ids=ids,
-            seed=seed,
-            judge=judge,
-            replicates=self.replicates,
-        )
+    def pursue(self, session: AttackSession) -> None:
         for number, aim in enumerate(self._aims(session)):
             if not session.over:
                 self._climb(session, number, aim)
-        return session.found
 
     def _aims(self, session: AttackSession) -> Iterator[Aim]:
         """Yield the loss of each run."""
@@ -147,22 +127,24 @@ class AutoPGD(DirectCall):
         rule, eps = self._rule, self.threat.eps
         checks, again = rule.checks(self.steps), self._reviews if session.random else []
         x = start(session, self.threat, number, random=True)
-        seen = self._look(session, x, aim, last=self.steps == 0)
+        seen = self._query(session, x, aim, last=self.steps == 0)
         climb = begin(x[seen.stands], seen, rule.first * eps)
         for step in range(1, self.steps + 1):
             if session.over:
                 return
             climb = rule.advance(climb, session.originals, self.threat, step)
-            seen = self._look(session, climb.x, aim, last=step == self.steps)
+            seen = self._query(session, climb.x, aim, last=step == self.steps)
             climb = climb.of(seen.stands)
             climb = heed(climb, self._blend(seen, climb.gradient, step))
             if step in checks:
                 climb = rule.check(climb, session.originals, eps, checks[step])
             if step in again and not session.over:
-                seen = self._look(session, climb.best, aim)
+                seen = self._query(session, climb.best, aim)
                 climb = refresh(climb.of(seen.stands), seen)
 
-    def _look(self, session: AttackSession, x: Tensor, aim: Aim, last: bool = False) -> QueryResult:
+    def _query(
+        self, session: AttackSession, x: Tensor, aim: Aim, last: bool = False
+    ) -> QueryResult:
         seen = session.query(x, aim(session.rows), None if last else self._source)
         session.keep(x[seen.stands], seen)
         return seen
@@ -212,7 +194,7 @@ class APGD(AutoPGD):
 class TargetedAPGD(AutoPGD):
     """Auto-PGD towards one wrong class after the other (Croce and Hein 2020, section 5).
 
-    The targets are the classes whose logits, averaged over the replicates of one look at the
+    The targets are the classes whose logits, averaged over the replicates of one query of the
     image itself, are the highest but for the true one's. Restarts are runs for each target.
 
     Attributes:
@@ -244,7 +226,7 @@ class TargetedAPGD(AutoPGD):
         return 1 + super().looks
 
     def chain_steps(self, defense: PurifiedClassifier) -> int:
-        return self.plain_look_steps(defense) + super().chain_steps(defense)
+        return self._query_steps(defense) + super().chain_steps(defense)
 
     def _aims(self, session: AttackSession) -> Iterator[Aim]:
         if session.over:
@@ -258,7 +240,7 @@ class TargetedAPGD(AutoPGD):
         return lambda rows: partial(self.loss, targets=targets[rows])
 
     def _rank(self, session: AttackSession) -> Tensor:
-        """Look at the images and return their classes `[n, classes]`, the likeliest wrong first."""
+        """Query the images and return their classes `[n, classes]`, the likeliest wrong first."""
         count = len(session.found)
         seen = session.query(session.originals, CrossEntropy())
         mean = seen.logits.mean(0)

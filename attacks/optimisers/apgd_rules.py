@@ -108,7 +108,7 @@ def heed(climb: Climb, seen: QueryResult) -> Climb:
 
 
 def refresh(climb: Climb, seen: QueryResult) -> Climb:
-    """Replace what is known of the best point, chosen for its luck too, by a fresh look at it."""
+    """Replace what is known of the best point, chosen for its luck too, by a fresh query."""
     back = per_image(climb.returned)
     return climb._replace(
         gradient=torch.where(back, seen.gradient, climb.gradient),

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor
 
-from ebm_defense.attacks.base import DirectCall, Judge, attack_replicates, lenient
+from ebm_defense.attacks.base import attack_replicates
+from ebm_defense.attacks.checks import check_budget, check_positive
 from ebm_defense.attacks.gradients.base import Gradient, Identity, VjpGradient
 from ebm_defense.attacks.losses import CrossEntropy, Loss, loss_name, refuse_targeted
-from ebm_defense.attacks.session import AttackSession
+from ebm_defense.attacks.session import AttackSession, SessionAttack
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
-from ebm_defense.errors import UsageError
 
 USUAL = {"PGD": "CE", "Square": "CW", "SPSA": "CW", "DiffHammer": "CW"}
 Memory = tuple[Tensor, ...]
@@ -23,7 +21,7 @@ Memory = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ascent(DirectCall):
+class Ascent(SessionAttack):
     """A gradient, a loss, and a rule of motion that a subclass gives.
 
     Attributes:
@@ -85,38 +83,19 @@ class Ascent(DirectCall):
         """Take the step of this number, from 0, and return where it leads, and the memory."""
         raise NotImplementedError
 
-    def run(
-        self,
-        defense: PurifiedClassifier,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        ids: Sequence[int],
-        seed: int,
-        judge: Judge = lenient,
-    ) -> Tensor:
-        session = AttackSession(
-            defense,
-            images,
-            labels,
-            ids=ids,
-            seed=seed,
-            judge=judge,
-            replicates=self.replicates,
-        )
+    def pursue(self, session: AttackSession) -> None:
         for restart in range(self.restarts):
             x = start(session, self.threat, restart, self.random_start)
             memory = self.remember(x)
             for step in range(self.steps):
                 if session.over:
-                    return session.found
+                    return
                 seen = session.query(x, self.loss, self.gradient)
                 x, memory = x[seen.stands], tuple(m[seen.stands] for m in memory)
                 x, memory = self.move(x, session.originals, seen.gradient, memory, step)
             if not session.over:
                 seen = session.query(x, self.loss)
                 session.keep(x[seen.stands], seen)
-        return session.found
 
 
 def start(session: AttackSession, threat: ThreatModel, number: int, random: bool) -> Tensor:
@@ -140,18 +119,3 @@ def attack_name(kind: str, loss: Loss, steps: int, restarts: int = 1) -> str:
     label = loss_name(loss)
     named = [] if USUAL.get(kind) == label else [label]
     return "-".join([kind, *named, str(steps)]) + (f" ×{restarts}" if restarts > 1 else "")
-
-
-def check_budget(steps: int, replicates: int, restarts: int = 1) -> None:
-    """Refuse an attack of no replicates or of fewer than no steps."""
-    if steps < 0 or replicates < 1 or restarts < 1:
-        raise UsageError(
-            "an attack needs steps ≥ 0, replicates ≥ 1 and restarts ≥ 1, not "
-            f"{steps}, {replicates} and {restarts}."
-        )
-
-
-def check_positive(name: str, value: float) -> None:
-    """Refuse a setting that is not above 0."""
-    if not 0 < value < torch.inf:
-        raise UsageError(f"an attack's {name} must be above 0, not {value}.")

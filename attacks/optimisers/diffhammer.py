@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ebm_defense.attacks.checks import check_positive
 from ebm_defense.attacks.gradients.base import (
     Gradient,
     GradientEstimate,
@@ -18,7 +19,6 @@ from ebm_defense.attacks.gradients.base import (
 )
 from ebm_defense.attacks.losses import Loss, Margin
 from ebm_defense.attacks.optimisers.apgd import APGD
-from ebm_defense.attacks.optimisers.ascent import check_positive
 from ebm_defense.attacks.session import QueryResult
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
@@ -29,7 +29,7 @@ AGREEMENTS = 5  # rounds of weighing, as published
 
 @dataclass(frozen=True, kw_only=True)
 class Selective:
-    """The gradient of replicates that agree, pulled through one of them.
+    """The gradient of replicates that agree, taken back through one of them.
 
     At each purified replicate i take a loss L_i, positive where it is wrong, and its gradient g_i.
     The replicate i* whose own step promises most, Σ_i elu(L_i + eps·d(g_i*)·g_i) with d the
@@ -110,7 +110,7 @@ def agreement(
 class DiffHammer(APGD):
     """APGD on the gradient of the replicates that can be broken together (Wang et al. 2024).
 
-    A look runs every replicate once, and one of them again, through which it goes back. Gradients
+    A query runs every replicate once, and one of them again, through which it goes back. Gradients
     are mixed over steps: g ← t^−α·g + (1 − t^−α)·g_before.
 
     Attributes:
@@ -135,12 +135,12 @@ class DiffHammer(APGD):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._pullback()
+        self._vjp_gradient()
         check_positive("sharpness", self.sharpness)
         if not 0 <= self.fading < torch.inf:
             raise UsageError(f"an attack's fading must be 0 or more, not {self.fading}.")
 
-    def _pullback(self) -> VjpGradient:
+    def _vjp_gradient(self) -> VjpGradient:
         if not isinstance(self.gradient, VjpGradient):
             raise UsageError(
                 "DiffHammer goes back through single chains, which the gradient "
@@ -150,9 +150,11 @@ class DiffHammer(APGD):
 
     @property
     def _source(self) -> Gradient:
-        return Selective(gradient=self._pullback(), threat=self.threat, sharpness=self.sharpness)
+        return Selective(
+            gradient=self._vjp_gradient(), threat=self.threat, sharpness=self.sharpness
+        )
 
     def _blend(self, seen: QueryResult, earlier: Tensor, step: int) -> QueryResult:
-        # The look at the start is the first, so that after `step` steps there were step + 1.
+        # The start is the first query, so that after `step` steps there were step + 1.
         fresh = float((step + 1) ** -self.fading)
         return seen._replace(gradient=fresh * seen.gradient + (1.0 - fresh) * earlier)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ebm_defense.attacks.base import DirectCall, Judge, attack_replicates, lenient
+from ebm_defense.attacks.base import attack_replicates
+from ebm_defense.attacks.checks import check_budget, check_positive
 from ebm_defense.attacks.losses import Loss, Margin, refuse_targeted
-from ebm_defense.attacks.optimisers.ascent import attack_name, check_budget, check_positive
+from ebm_defense.attacks.optimisers.ascent import attack_name
 from ebm_defense.attacks.optimisers.square_proposals import PROPOSALS, Proposals
-from ebm_defense.attacks.session import AttackSession, QueryResult
+from ebm_defense.attacks.session import AttackSession, QueryResult, SessionAttack
 from ebm_defense.attacks.threat import ThreatModel, per_image
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
@@ -52,7 +52,7 @@ class Incumbent(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Square(DirectCall):
+class Square(SessionAttack):
     """Random search by squares (Andriushchenko et al. 2020, algorithm 1).
 
     From a first perturbation on, every query changes the incumbent in a square and keeps that
@@ -118,47 +118,26 @@ class Square(DirectCall):
         again = self._reviews if defense.purifier.stochastic else 0
         return (1 + self.steps + again) * draws * defense.purifier.chain_steps
 
-    def run(
-        self,
-        defense: PurifiedClassifier,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        ids: Sequence[int],
-        seed: int,
-        judge: Judge = lenient,
-    ) -> Tensor:
-        session = AttackSession(
-            defense,
-            images,
-            labels,
-            ids=ids,
-            seed=seed,
-            judge=judge,
-            replicates=self.replicates,
-        )
-        if not session.over:
-            self._search(session)
-        return session.found
-
-    def _search(self, session: AttackSession) -> None:
+    def pursue(self, session: AttackSession) -> None:
+        if session.over:
+            return
         incumbent = self._first(session)
         for query in range(self.steps):
             if session.random and query and query % self.review == 0 and not session.over:
-                seen = self._look(session, incumbent.x)
+                seen = self._query(session, incumbent.x)
                 incumbent = incumbent.of(seen.stands)._replace(loss=seen.loss)
             if session.over:
                 return
             x = self._challenger(session, incumbent, query)
-            seen = self._look(session, x)
+            seen = self._query(session, x)
             incumbent = incumbent.of(seen.stands).challenge(x[seen.stands], seen.loss)
 
     def _first(self, session: AttackSession) -> Incumbent:
-        """Look at the first perturbation."""
+        """Query the first perturbation."""
         noise, origin = session.noise("squares"), session.originals
         delta = self._proposals.first(origin, self.threat.eps, noise)
         x = self.threat.project(origin + delta, origin)
-        seen = self._look(session, x)
+        seen = self._query(session, x)
         return Incumbent(x[seen.stands], seen.loss, noise.keys[seen.stands])
 
     def _challenger(self, session: AttackSession, incumbent: Incumbent, query: int) -> Tensor:
@@ -178,7 +157,7 @@ class Square(DirectCall):
         pixels = x.shape[2:].numel()
         return self._proposals.side(width(scaled, self.p, pixels), *x.shape[2:])
 
-    def _look(self, session: AttackSession, x: Tensor) -> QueryResult:
+    def _query(self, session: AttackSession, x: Tensor) -> QueryResult:
         seen = session.query(x, self.loss)
         session.keep(x[seen.stands], seen)
         return seen

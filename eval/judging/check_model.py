@@ -12,7 +12,7 @@ from ebm_defense.noise import chain_keys
 PASSES, IMAGES = 8, 16
 
 
-def probe(defense: PurifiedClassifier, images: Tensor, labels: Tensor) -> None:
+def check_model(defense: PurifiedClassifier, images: Tensor, labels: Tensor) -> None:
     """Send one image through a model, refuse what does not fit, and learn if it is random.
 
     A purifier that calls itself deterministic, or a foreign model, is taken at its word only if

@@ -14,7 +14,7 @@ from ebm_defense.attacks.session import refuse_nan
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
-from ebm_defense.eval.judging.check_model import probe
+from ebm_defense.eval.judging.check_model import check_model
 from ebm_defense.eval.judging.rules import Rule, Ruling, TwoStage
 from ebm_defense.images import check_images, check_labels
 from ebm_defense.noise import chain_keys
@@ -257,7 +257,7 @@ def judge_images(
         raise UsageError("adversarial images must match the originals, and replicates be ≥ 1.")
     defense = as_defense(model)
     if len(labels):
-        probe(defense, originals, labels)
+        check_model(defense, originals, labels)
     ids = range(len(labels))
     judge = Judge(
         defense,

@@ -1,4 +1,4 @@
-"""What flags need to know of a model beyond its records: a few looks at a few images."""
+"""What flags need to know of a model beyond its records: a few queries of a few images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ebm_defense.noise import KeyedNoise, chain_keys, derive_seed
 
 FILE = "measures.toml"
 MOST_IMAGES, SHARE = 4, 8
-"""At most so many images, and at most one in so many of the run's, so that looking stays cheap."""
+"""At most so many images, and at most one in so many of the run's, so that checking stays cheap."""
 UNBOUNDED = {"steps": 8, "step_size": 0.25, "random_start": False}
 """From the image itself: a random start in the whole box would be noise, which proves nothing."""
 UNBOUNDED_REPLICATES, JUDGED = 4, 8
@@ -33,12 +33,12 @@ class Slope:
     """What a gradient of the cross-entropy looks like at randomly started images.
 
     Attributes:
-        images: how many were looked at.
+        images: how many were queried.
         zero, broken: on how many it is 0 everywhere, or NaN or infinite somewhere.
         cosine: mean cosine of two independent EOT gradients of `replicates` each.
         replicates: the least that an attack of the protocol uses with this gradient.
-        drift: largest difference of the logits of this look and of a plain one with the same
-            noise, in standard deviations of the logits.
+        drift: largest difference of the logits of such a query and of one without a gradient, with
+            the same noise, in standard deviations of the logits.
         unbounded_left: images that stand after PGD with this gradient and no bound on eps.
     """
 
@@ -53,7 +53,7 @@ class Slope:
 
 @dataclass(frozen=True, kw_only=True)
 class SanityChecks:
-    """What a few looks at a model showed.
+    """What a few queries of a model showed.
 
     Attributes:
         stochastic: whether two passes differ.
@@ -96,17 +96,17 @@ def load_sanity_checks(folder: Path) -> SanityChecks | None:
         ) from error
 
 
-def measure(
+def run_sanity_checks(
     defense: PurifiedClassifier,
     images: Tensor,
     labels: Tensor,
     attacks: tuple[Attack, ...],
     seed: int,
 ) -> SanityChecks:
-    """Look at the first of a run's images; the same seed sees the same.
+    """Query the first of a run's images; the same seed finds the same.
 
     Args:
-        defense: what is evaluated, probed already.
+        defense: what is evaluated, past `check_model`.
         images: `[N, C, H, W]` in [0, 1], at least one.
         labels: true classes `[N]`.
         attacks: the protocol's.
@@ -167,8 +167,8 @@ def _slopes(
         gradient: Gradient | None = getattr(attack, "gradient", None)
         if gradient is not None and gradient.name not in found:
             try:
-                look = _Inspector(defense, images, labels, attack, gradient, seed)
-                found[gradient.name] = look.slope()
+                inspector = _Inspector(defense, images, labels, attack, gradient, seed)
+                found[gradient.name] = inspector.slope()
             except UsageError:
                 # The attack itself has said, or will say, why it cannot take this gradient.
                 continue
@@ -176,7 +176,7 @@ def _slopes(
 
 
 class _Inspector:
-    """Looks at randomly started images through one gradient."""
+    """Queries randomly started images through one gradient."""
 
     def __init__(
         self,
@@ -193,7 +193,7 @@ class _Inspector:
         self.start = attack.threat.random_start(images, KeyedNoise(keys.to(images.device)))
 
     def slope(self) -> Slope:
-        (first, drift), (second, _) = self._look("first"), self._look("second")
+        (first, drift), (second, _) = self._query("first"), self._query("second")
         broken = int((~first.isfinite()).any(1).sum())
         return Slope(
             images=len(first),
@@ -206,16 +206,16 @@ class _Inspector:
             unbounded_left=0 if broken else self._unbounded(),
         )
 
-    def _look(self, purpose: str) -> tuple[Tensor, float]:
+    def _query(self, purpose: str) -> tuple[Tensor, float]:
         ids, draws = (
             range(len(self.images)),
             attack_replicates(self.attack.replicates, self.defense),
         )
         keys = chain_keys(self.seed, f"{purpose} {self.gradient.name}", ids, draws)
-        look = self.gradient(self.defense, self.start, self.labels, keys, CrossEntropy())
+        estimate = self.gradient(self.defense, self.start, self.labels, keys, CrossEntropy())
         with torch.no_grad():
             plain = self.defense.replicate_logits(self.start, keys)
-        return look.gradient.flatten(1).double(), _gap(plain, look.logits)
+        return estimate.gradient.flatten(1).double(), _gap(plain, estimate.logits)
 
     def _unbounded(self) -> int:
         attack = PGD(

@@ -8,15 +8,15 @@ from typing import Any
 
 from ebm_defense.attacks import spec
 from ebm_defense.attacks.base import Attack
-from ebm_defense.attacks.catalogue import PARTS, make_attack, takes
+from ebm_defense.attacks.catalogue import FACTORS, make_attack, takes
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.protocols.protocol import Protocol
 
-SHARED = ("threat", "steps", "step_size", "replicates")
+BUDGET = ("threat", "steps", "step_size", "replicates")
 """What attacks by name take over from the protocol's own."""
 
 
-def choose(protocol: Protocol, names: Sequence[str], **asked: Any) -> Protocol:
+def override(protocol: Protocol, names: Sequence[str], **asked: Any) -> Protocol:
     """Return a protocol with attacks by name, or its own ones, changed as asked.
 
     Attacks by name spend what the protocol's own would, as far as they take it. A changed
@@ -32,15 +32,15 @@ def choose(protocol: Protocol, names: Sequence[str], **asked: Any) -> Protocol:
         UsageError: what `make_attack` raises, or a setting that no attack takes.
     """
     asked = {k: v for k, v in asked.items() if v is not None}
-    parts = {k: v for k, v in asked.items() if k in PARTS}
-    if not names and not parts:
+    factors = {k: v for k, v in asked.items() if k in FACTORS}
+    if not names and not factors:
         return protocol
     if names:
         _refuse_untaken(asked, {name: takes(name) for name in names})
-        attacks = tuple(_make(name, _shared(protocol) | parts) for name in names)
+        attacks = tuple(_make(name, _budget(protocol) | factors) for name in names)
     else:
-        _refuse_untaken(parts, {a.name: _fields(a) for a in protocol.attacks})
-        attacks = tuple(_replaced(attack, parts) for attack in protocol.attacks)
+        _refuse_untaken(factors, {a.name: _fields(a) for a in protocol.attacks})
+        attacks = tuple(_replaced(attack, factors) for attack in protocol.attacks)
     return dataclasses.replace(protocol, name=f"{protocol.name}-custom", attacks=attacks)
 
 
@@ -49,10 +49,8 @@ def _make(name: str, settings: Mapping[str, Any]) -> Attack:
     return make_attack(name, **{k: v for k, v in settings.items() if k in taken})
 
 
-def _replaced(attack: Attack, parts: Mapping[str, str]) -> Attack:
-    made = {
-        k: spec.make_from_spec(PARTS[k], v, k) for k, v in parts.items() if k in _fields(attack)
-    }
+def _replaced(attack: Attack, factors: Mapping[str, str]) -> Attack:
+    made = {k: spec.make(FACTORS[k], v, k) for k, v in factors.items() if k in _fields(attack)}
     return dataclasses.replace(attack, **made)  # type: ignore[type-var]
 
 
@@ -60,11 +58,11 @@ def _fields(attack: Attack) -> frozenset[str]:
     return frozenset(f.name for f in dataclasses.fields(attack))  # type: ignore[arg-type]
 
 
-def _shared(protocol: Protocol) -> dict[str, Any]:
+def _budget(protocol: Protocol) -> dict[str, Any]:
     """Return the numbers of the protocol's attacks; where they differ, the last one's."""
     numbers: dict[str, Any] = {}
     for attack in protocol.attacks:
-        numbers |= {name: getattr(attack, name) for name in SHARED if hasattr(attack, name)}
+        numbers |= {name: getattr(attack, name) for name in BUDGET if hasattr(attack, name)}
     return numbers
 
 

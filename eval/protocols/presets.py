@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from ebm_defense.attacks import PGD, Attack, CrossEntropy, Identity, ThreatModel, Transfer
+from ebm_defense.attacks import (
+    APGD,
+    DLR,
+    PGD,
+    Attack,
+    CrossEntropy,
+    DiffHammer,
+    Full,
+    Identity,
+    Smoothed,
+    Square,
+    TargetedAPGD,
+    ThreatModel,
+    Transfer,
+)
 from ebm_defense.attacks.gradients.base import Gradient
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
@@ -20,25 +32,11 @@ THROUGH = ("Full", "Smoothed")
 STANDARD = frozenset(
     {"Transfer", "PGD", "DiffHammer", "APGD CrossEntropy", "APGD DLR", "TargetedAPGD", "Square"}
 )
-"""The members of the ensemble `standard`, as `member` names them."""
+"""The kinds of attack in the ensemble `standard`, as `standard_kind` names them."""
 
 
-def part(name: str) -> Callable[..., Any]:
-    """Return a class of `ebm_defense.attacks` by name.
-
-    Raises:
-        UsageError: there is none.
-    """
-    found: Callable[..., Any] | None = getattr(
-        importlib.import_module("ebm_defense.attacks"), name, None
-    )
-    if found is None:
-        raise UsageError(f"this protocol needs the attack part {name}, which is not installed.")
-    return found
-
-
-def member(attack: Attack) -> str:
-    """Return which member of `standard` an attack is; none where it should go through the chain
+def standard_kind(attack: Attack) -> str:
+    """Return which kind of attack of `standard` one is; none where it should go through the chain
     and does not.
     """
     kind, gradient = type(attack).__name__, getattr(attack, "gradient", None)
@@ -49,8 +47,7 @@ def member(attack: Attack) -> str:
 
 def full_gradient() -> Gradient:
     """Return the exact gradient, for a defense that is not known yet."""
-    gradient: Gradient = part("Full")()
-    return gradient
+    return Full()
 
 
 def fitting_gradient(defense: PurifiedClassifier, images: Tensor) -> Gradient:
@@ -59,11 +56,11 @@ def fitting_gradient(defense: PurifiedClassifier, images: Tensor) -> Gradient:
 
     Args:
         defense: what is to be attacked.
-        images: `[N, C, H, W]` in [0, 1], of which one is looked at.
+        images: `[N, C, H, W]` in [0, 1], of which one is queried.
     """
     flat = curvature(defense, images[:1], 0) == 0.0
     try:
-        gradient: Gradient = part("Smoothed" if flat else "Full")()
+        gradient: Gradient = Smoothed() if flat else Full()
         gradient.chain_steps(defense)
     except UsageError:
         return Identity()
@@ -85,7 +82,7 @@ def mefa_attack(threat: ThreatModel, steps: int, step_size: float, replicates: i
 def standard_attacks(
     threat: ThreatModel, steps: int, step_size: float, replicates: int, gradient: Gradient
 ) -> tuple[Attack, ...]:
-    """Return the members of `standard`, cheapest first.
+    """Return the attacks of `standard`, cheapest first.
 
     Args:
         threat: what may change.
@@ -95,14 +92,14 @@ def standard_attacks(
         gradient: how all but PGD differentiate the defense.
     """
     pgd = PGD(threat=threat, steps=steps, step_size=step_size, replicates=replicates)
-    common = {"threat": threat, "replicates": replicates}
+    common: dict[str, Any] = {"threat": threat, "replicates": replicates}
     through = common | {"steps": steps, "gradient": gradient}
     return (
         Transfer(attack=pgd, replicates=replicates),
         pgd,
-        part("APGD")(**through, loss=CrossEntropy()),
-        part("APGD")(**through, loss=part("DLR")()),
-        part("DiffHammer")(**through),
-        part("TargetedAPGD")(**through),
-        part("Square")(**common, steps=QUERIES_A_STEP * steps),
+        APGD(**through, loss=CrossEntropy()),
+        APGD(**through, loss=DLR()),
+        DiffHammer(**through),
+        TargetedAPGD(**through),
+        Square(**common, steps=QUERIES_A_STEP * steps),
     )

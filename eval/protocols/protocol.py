@@ -21,8 +21,8 @@ from ebm_defense.eval.protocols.presets import (
     STANDARD,
     full_gradient,
     mefa_attack,
-    member,
     standard_attacks,
+    standard_kind,
 )
 from ebm_defense.eval.storage.plain import build, describe
 from ebm_defense.files import writable_folder, write_text
@@ -45,7 +45,7 @@ class Protocol:
         looks: a name in `LOOKS`: whether an attack's every look comes before the judge, or the
             images that it ends with alone.
 
-    A protocol called "standard" that lacks a member of that ensemble is called "standard-partial".
+    A protocol called "standard" that lacks an attack of that ensemble is called "standard-partial".
     """
 
     name: str
@@ -67,7 +67,7 @@ class Protocol:
             object.__setattr__(self, "name", "standard-partial")
 
     def _complete(self) -> bool:
-        return self.ensemble and {member(a) for a in self.attacks} >= STANDARD
+        return self.ensemble and {standard_kind(a) for a in self.attacks} >= STANDARD
 
     def save(self, path: str | Path) -> Path:
         """Write the protocol to a TOML file that `load_protocol` reads, and return its path."""

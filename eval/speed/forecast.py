@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ebm_defense.engine.derivatives import vjp
-from ebm_defense.eval.judging.check_model import probe
+from ebm_defense.eval.judging.check_model import check_model
 from ebm_defense.eval.runner import SHARD, Job, planned_steps, shards_at_once
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers.base import Purifier, SteppedPurifier
@@ -26,7 +26,7 @@ def forecast(job: Job) -> str:
     Raises:
         UsageError: images or labels that do not fit the model.
     """
-    probe(job.defense, job.images, job.labels)
+    check_model(job.defense, job.images, job.labels)
     images, steps = len(job.labels), planned_steps(job)
     chains = chains_at_once(job)
     memory = chains * job.images[0].numel() * 4 * FLOATS_A_PIXEL / 2**30

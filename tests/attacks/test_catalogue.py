@@ -15,7 +15,7 @@ from ebm_defense.attacks import (
     make_attack,
     spec,
 )
-from ebm_defense.attacks.catalogue import FAMILIES, Entry, members, takes
+from ebm_defense.attacks.catalogue import FAMILIES, Entry, library_attacks, takes
 from ebm_defense.attacks.losses import CrossEntropy
 from ebm_defense.attacks.threat import NORMS
 
@@ -72,7 +72,7 @@ def test_a_new_attack_is_one_line(monkeypatch) -> None:
 
 
 def test_members_are_attacks_of_a_norm_there_is() -> None:
-    found = dict(members())
+    found = dict(library_attacks())
     assert {"foolbox:L2DeepFoolAttack", "torchattacks:APGDT", "art:SquareAttack"} <= set(found)
     assert found["foolbox:L2DeepFoolAttack"] == "L2"
     assert found["torchattacks:APGDT"] == "Linf L2"

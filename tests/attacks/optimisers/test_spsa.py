@@ -5,7 +5,7 @@ import torch
 
 from ebm_defense import PurifiedClassifier, UsageError
 from ebm_defense.attacks import SPSA, CrossEntropy, Identity, Margin, ScoreFree, ThreatModel
-from ebm_defense.attacks.optimisers.spsa import _keys, _signs
+from ebm_defense.attacks.gradients.score_free import _keys, _signs
 from ebm_defense.defense import as_defense
 from ebm_defense.noise import chain_keys
 from ebm_defense.purifiers.base import GaussianNoise

@@ -6,22 +6,22 @@ import pytest
 
 from ebm_defense import UsageError
 from ebm_defense.attacks import PGD, ThreatModel, Transfer
-from ebm_defense.attacks.catalogue import PARTS
+from ebm_defense.attacks.catalogue import FACTORS
 from ebm_defense.attacks.gradients.base import Identity
 from ebm_defense.attacks.gradients.registry import GRADIENTS
 from ebm_defense.attacks.losses import LOSSES, CrossEntropy
 from ebm_defense.eval import get_protocol
-from ebm_defense.eval.protocols.overrides import choose
+from ebm_defense.eval.protocols.overrides import override
 
 HILL = get_protocol("hill2021", eps=0.1, steps=7, replicates=3)
 
 
 def test_nothing_asked_leaves_the_protocol_as_it_is() -> None:
-    assert choose(HILL, (), steps=7, gradient=None) is HILL
+    assert override(HILL, (), steps=7, gradient=None) is HILL
 
 
 def test_attacks_by_name_spend_the_protocols_numbers() -> None:
-    chosen = choose(HILL, ["foolbox:LinfPGD(steps=2)", "transfer", "bpda"])
+    chosen = override(HILL, ["foolbox:LinfPGD(steps=2)", "transfer", "bpda"])
     library, transfer, bpda = chosen.attacks
     assert bpda == HILL.attacks[-1]
     assert transfer == HILL.attacks[0]
@@ -33,13 +33,13 @@ def test_attacks_by_name_spend_the_protocols_numbers() -> None:
 def test_a_gradient_and_a_loss_apply_where_they_are_taken(monkeypatch) -> None:
     monkeypatch.setitem(GRADIENTS, "mine", lambda: Identity(name="mine"))
     monkeypatch.setitem(LOSSES, "soft", lambda: CrossEntropy(average="softmax"))
-    assert PARTS["gradient"] is GRADIENTS
-    own = choose(HILL, (), gradient="mine", loss="soft")
+    assert FACTORS["gradient"] is GRADIENTS
+    own = override(HILL, (), gradient="mine", loss="soft")
     transfer, pgd = own.attacks
     assert (pgd.gradient.name, pgd.loss.average) == ("mine", "softmax")
     assert transfer == HILL.attacks[0]
     assert own.name == "hill2021-custom"
-    named = choose(HILL, ["pgd", "transfer"], gradient="mine", loss="soft")
+    named = override(HILL, ["pgd", "transfer"], gradient="mine", loss="soft")
     assert named.attacks[0] == pgd
     assert named.attacks[1].attack.loss.average == "softmax"
 
@@ -56,7 +56,7 @@ def test_a_gradient_and_a_loss_apply_where_they_are_taken(monkeypatch) -> None:
 )
 def test_what_no_attack_takes_is_refused(names, asked, said) -> None:
     with pytest.raises(UsageError, match=said):
-        choose(HILL, names, **asked)
+        override(HILL, names, **asked)
 
 
 def test_an_independent_source_is_told_apart_in_the_settings(langevin_defense) -> None:

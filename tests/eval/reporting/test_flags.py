@@ -22,7 +22,7 @@ from ebm_defense.attacks.gradients.base import Identity
 from ebm_defense.defense import as_defense
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
 from ebm_defense.eval import Protocol, evaluate
-from ebm_defense.eval.judging.sanity_checks import curvature, measure
+from ebm_defense.eval.judging.sanity_checks import curvature, run_sanity_checks
 from ebm_defense.eval.reporting.flags import FLAGS, Evidence, compare_views
 
 COUNT, SIZE, CLASSES = 32, 8, 10
@@ -273,7 +273,7 @@ def test_an_attack_judged_once_at_its_end_has_no_curve(images, labels):
 def test_few_images_lost_late_are_no_sign(images, labels, late, total, flagged):
     protocol = Protocol(name="mine", attacks=(STRONG,), judge_replicates=1)
     broken = [10] * late + [-1] * (total - late)
-    sanity_checks = measure(as_defense(Linear()), images, labels, (), 0)
+    sanity_checks = run_sanity_checks(as_defense(Linear()), images, labels, (), 0)
     records = pd.DataFrame({"0 PGD-10: broken at": broken})
     evidence = Evidence(protocol=protocol, records=records, sanity_checks=sanity_checks)
     assert bool(list(FLAGS["still falling"][0](evidence))) == flagged
