@@ -41,6 +41,7 @@ COMMANDS: dict[str, Entry] = {
         "train_classifier", "TrainClassifier", "learn a classifier, also on purified images"
     ),
     "train-advgan": Entry("train_advgan", "TrainAdvgan", "train a generator of attacks, AdvGAN"),
+    "diagnose": Entry("diagnose", "Diagnose", "say whether an energy's chains converge"),
     "assemble": Entry("assemble", "Assemble", "put trained parts together into a defense folder"),
     "bench": Entry("bench", "Bench", "measure Langevin steps a second on this machine"),
     "checkpoints": Entry("checkpoints", "Checkpoints", "list, verify and import defenses"),

@@ -1,0 +1,210 @@
+"""`ebm-defense diagnose`."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import tomli_w
+import torch
+import tyro
+
+from ebm_defense.attacks import PGD, ThreatModel
+from ebm_defense.commands.options import Device, resolve_device
+from ebm_defense.data import dataset, load_data
+from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
+from ebm_defense.errors import UsageError
+from ebm_defense.eval.purification_curve import Point, purification_curve, recommend
+from ebm_defense.eval.reporting.diagnosis import draw_diagnosis
+from ebm_defense.files import load_tensors, writable_folder, write_text
+from ebm_defense.langevin import LangevinSettings
+from ebm_defense.learning.convergence import (
+    METASTABLE,
+    TIMES,
+    Convergence,
+    judge_convergence,
+    long_runs,
+)
+from ebm_defense.purifiers.base import LangevinPurifier
+from ebm_defense.weights import ENERGY, load_defense, load_energy, load_into, load_purifier
+
+SETTINGS, HISTORY, PAGE, FOUND = "settings.toml", "history.csv", "diagnosis.png", "diagnosis.toml"
+
+
+class Subject(NamedTuple):
+    """An energy, and how it is run.
+
+    Attributes:
+        energy: the network.
+        langevin: step size and temperature of its chains.
+        learned_steps: how long a chain lives in learning, or the purifier's own length.
+        data_noise: on training images, in [-1, 1] units.
+        history: d_s and r_s of learning, if they were kept.
+    """
+
+    energy: torch.nn.Module
+    langevin: LangevinSettings
+    learned_steps: int
+    data_noise: float
+    history: pd.DataFrame | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnose:
+    """Say whether an energy's chains converge, and by how many steps to purify.
+
+    Long chains from data and from noise, their energies, R-hat and effective sample size, and
+    where they leave the data; accuracy on clean and on attacked images and compression against
+    the number of steps. Prints one verdict, and writes a page of pictures and the numbers.
+    """
+
+    energy: Annotated[str, tyro.conf.Positional]
+    """A shipped defense, a defense folder, or the folder that train-ebm wrote."""
+    out: Path = Path("diagnosis")
+    """Folder for the page and the numbers."""
+    classifier: str = "fashion-mnist"
+    """The defense whose undefended classifier tells classes."""
+    data: str = "fashion-mnist-sample"
+    """Data set."""
+    data_root: Path | None = None
+    """Where the data set lies."""
+    images: int = 32
+    """Chains from data, and as many from noise; a stratified sample of test images."""
+    steps: int = 10_000
+    """Langevin steps of the chains."""
+    learned_steps: int | None = None
+    """How long a chain lives in learning, K/p; read off the folder of train-ebm if not given, else
+    the steps of the defense."""
+    data_noise: float | None = None
+    """Noise on data in learning, in [-1, 1] units; read off the folder of train-ebm, else twice the
+    chain's step size, as is usual."""
+    eps: float | None = None
+    """Largest perturbation of the attacked images, Linf in [0, 1] units; the data set's custom."""
+    attack_steps: int = 40
+    """Steps of the PGD that attacks the classifier alone."""
+    device: Device = "auto"
+    """Where to compute."""
+    seed: int = 0
+    """Seed of every draw."""
+
+    def run(self) -> int:
+        """Run the chains, judge, draw, print."""
+        subject, device = self._subject(), resolve_device(self.device)
+        data = load_data(self.data, "test", self.images, root=self.data_root)
+        images, labels = data.images.to(device), data.labels.to(device)
+        out = writable_folder(self.out)
+        settings = LangevinSettings(
+            steps=self.steps,
+            step_size=subject.langevin.step_size,
+            temperature=subject.langevin.temperature,
+        )
+        energy = subject.energy.to(device)
+        chains = long_runs(
+            energy, images * 2 - 1, settings, data_noise=subject.data_noise, seed=self.seed
+        )
+        found = judge_convergence(chains, learned_steps=subject.learned_steps)
+        purifier = LangevinPurifier(energy, **asdict(settings), precision="fp32")
+        points = self._curve(purifier, images, labels)
+        draw_diagnosis(found, chains, points, out / PAGE, subject.history)
+        self._keep(out, found, points, subject)
+        print(_text(found, points))
+        print(f"page and numbers are in {out}")
+        return 0
+
+    def _curve(
+        self, purifier: LangevinPurifier, images: torch.Tensor, labels: torch.Tensor
+    ) -> list[Point]:
+        classifier = load_defense(self.classifier).undefended.to(images.device)
+        eps = dataset(self.data).eps if self.eps is None else self.eps
+        attack = PGD(threat=ThreatModel(eps=eps), steps=self.attack_steps, step_size=eps / 4)
+        attacked = attack(classifier, images, labels, seed=self.seed)
+        lengths = sorted({0, *np.geomspace(1, self.steps, 14).round().astype(int).tolist()})
+        return purification_curve(
+            purifier, classifier, images, attacked, labels, lengths=lengths, seed=self.seed
+        )
+
+    def _subject(self) -> Subject:
+        folder = Path(self.energy).expanduser()
+        trained = (folder / ENERGY).is_file() and (folder / SETTINGS).is_file()
+        subject = _trained(folder) if trained else _defended(self.energy)
+        if self.learned_steps is not None:
+            subject = subject._replace(learned_steps=self.learned_steps)
+        if self.data_noise is not None:
+            subject = subject._replace(data_noise=self.data_noise)
+        if self.steps < subject.learned_steps:
+            raise UsageError(
+                f"--steps {self.steps} says nothing of chains that live {subject.learned_steps} "
+                f"steps; give {TIMES * subject.learned_steps} or more."
+            )
+        return subject
+
+    def _keep(self, out: Path, found: Convergence, points: list[Point], subject: Subject) -> None:
+        steps, reason = recommend(points)
+        plain = {
+            "energy": self.energy,
+            "steps": self.steps,
+            "learned_steps": subject.learned_steps,
+            "images": self.images,
+            "seed": self.seed,
+            "convergence": asdict(found),
+            "recommended": {"steps": steps, "reason": reason},
+            "curve": [p._asdict() for p in points],
+        }
+        write_text(out / FOUND, tomli_w.dumps(plain))
+
+
+def _trained(folder: Path) -> Subject:
+    """Read what train-ebm wrote."""
+    s: dict[str, Any] = tomllib.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    state = load_tensors(folder / ENERGY)
+    try:
+        size = load_data(s["data"], "test", 1, root=s.get("data_root")).images.shape[-1]
+        shape = ConvEnergySettings.of(state, str(folder / ENERGY), size, s["activation"])
+        lived = round(s["langevin_steps"] / max(s["rejuvenation"], 1e-9))
+        settings = LangevinSettings(step_size=s["step_size"], temperature=s["temperature"])
+        noise = s["data_noise"]
+    except KeyError as error:
+        raise UsageError(
+            f"{folder / SETTINGS} lacks {error}; name a folder that train-ebm wrote, or a defense."
+        ) from error
+    energy = ConvEnergy(shape).requires_grad_(False)
+    load_into(energy, state, str(folder / ENERGY))
+    history = folder / HISTORY
+    curves = pd.read_csv(history) if history.is_file() else None
+    return Subject(energy, settings, lived, noise, curves)
+
+
+def _defended(name: str) -> Subject:
+    energy, purifier = load_energy(name), load_purifier(name)
+    assert isinstance(purifier, LangevinPurifier)
+    settings = purifier.settings
+    return Subject(energy, settings, settings.steps, 2 * settings.step_size, None)
+
+
+def _text(found: Convergence, points: list[Point]) -> str:
+    steps, reason = recommend(points)
+    rows = pd.DataFrame(
+        {
+            "steps": [p.steps for p in points],
+            "clean %": [100 * p.clean for p in points],
+            "attacked %": [100 * p.attacked for p in points],
+            "compression": [p.compression for p in points],
+        }
+    )
+    until = f" until about step {found.until}" if found.verdict == METASTABLE else ""
+    return "\n".join(
+        [
+            f"verdict: {found.verdict}{until}: {found.reason}",
+            f"drift {found.drift:+.2f} standard deviations of the data's energies, pixels out of "
+            f"range {found.saturation:.1%}, R-hat {found.rhat:.2f}, effective sample size "
+            f"{found.ess_bulk:.0f} (bulk), {found.ess_tail:.0f} (tail)",
+            "",
+            rows.to_string(index=False, float_format="%.3g"),
+            "",
+            f"purify by {steps} steps: {reason}",
+        ]
+    )
