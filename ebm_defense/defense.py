@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ebm_defense.engine.derivatives import arithmetic
 from ebm_defense.errors import UsageError
-from ebm_defense.images import check_images
+from ebm_defense.images import PROBED, check_images
 from ebm_defense.noise import KeyedNoise, chain_keys, fresh_seed
 from ebm_defense.precision.classifiers import PAIRS, VERDICT_PRECISIONS, checked_verdicts
 from ebm_defense.precision.findings import versions
@@ -136,8 +136,7 @@ class PurifiedClassifier(nn.Module):
         Raises:
             UsageError: no float images `[N, C, H, W]`, NaN pixels, or pixels far outside [0, 1].
         """
-        # Attacks may probe a little outside the box; a forgotten division by 255 goes far.
-        check_images(images, slack=0.5)
+        check_images(images, slack=PROBED)
         self.calls += 1
         replicates = range(self.replicates if self.purifier.stochastic else 1)
         keys = chain_keys(self.seed, f"call {self.calls}", range(len(images)), replicates)

@@ -8,6 +8,11 @@ from torch import Tensor
 from ebm_defense.errors import UsageError
 
 ROUNDING = 1e-5
+PROBED = 0.5
+"""How far outside [0, 1] an attack may probe. A forgotten division by 255, or [-1, 1], goes
+further."""
+PURIFIED = 4.0
+"""How far outside [0, 1] purified images may lie, which noise was added to and nothing clamped."""
 
 
 def check_images(images: Tensor, *, slack: float = ROUNDING, name: str = "images") -> None:
@@ -36,6 +41,15 @@ def check_images(images: Tensor, *, slack: float = ROUNDING, name: str = "images
             f"{name} must lie in [0, 1], but their pixels run from {low:.4g} to {high:.4g}; "
             "divide 8-bit images by 255, and undo any normalisation."
         )
+
+
+def check_training_images(images: Tensor, labels: Tensor | None = None) -> None:
+    """Refuse what nothing can be learned from: as `check_images`, labels unlike them, or none."""
+    check_images(images, name="training images")
+    if labels is not None:
+        check_labels(labels, images)
+    if not len(images):
+        raise UsageError("there are no training images.")
 
 
 def check_labels(labels: Tensor, images: Tensor) -> None:

@@ -18,6 +18,7 @@ from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.files import load_plain, save_state
+from ebm_defense.images import check_training_images
 from ebm_defense.noise import chain_keys, derive_seed
 
 
@@ -91,6 +92,9 @@ class AdvGANTrainer:
         threat: what may change.
         recipe: all settings.
         gradient: how the defense is differentiated.
+
+    Raises:
+        UsageError: images outside [0, 1] or NaN, labels unlike them, or none.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class AdvGANTrainer:
         recipe: AdvGANRecipe,
         gradient: Gradient | None = None,
     ) -> None:
+        check_training_images(images, labels)
         self.defense, self.images, self.labels = defense, images, labels
         self.threat, self.recipe, self.gradient = threat, recipe, gradient or Identity()
         settings = GeneratorSettings(channels=images.shape[1], width=recipe.width)

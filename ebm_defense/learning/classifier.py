@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ebm_defense.errors import UsageError
 from ebm_defense.files import load_plain, save_state
+from ebm_defense.images import PURIFIED, check_images, check_labels, check_training_images
 from ebm_defense.precision.names import resolve_precision
 
 Copies = Callable[[int], Tensor]
@@ -77,6 +78,9 @@ class ClassifierTrainer:
         precision: of the network's inner activations, one of `PRECISIONS`; "fastest" is
             bf16 where it is native, unchecked: accuracy shows what it costs.
         perturb: changes every batch before it is learned, for adversarial training.
+
+    Raises:
+        UsageError: images outside [0, 1] or NaN, labels unlike them, or none.
     """
 
     def __init__(
@@ -88,6 +92,8 @@ class ClassifierTrainer:
         precision: str = "fastest",
         perturb: Perturb | None = None,
     ) -> None:
+        if isinstance(images, Tensor):
+            check_training_images(images, labels)
         self.classifier, self.labels, self.recipe = classifier, labels, recipe
         self.copies: Copies = (lambda _: images) if isinstance(images, Tensor) else images
         self.perturb = perturb
@@ -111,6 +117,8 @@ class ClassifierTrainer:
 
     def _epoch(self, number: int) -> Epoch:
         images = self.copies(number % self.recipe.copies)
+        check_images(images, slack=PURIFIED, name="training images")
+        check_labels(self.labels, images)
         order = torch.randperm(len(self.labels), generator=self.generator)
         batches = order.split(self.recipe.batch)
         loss, right = 0.0, 0

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ebm_defense.errors import FailedRunError, UsageError
 from ebm_defense.files import load_plain, save_state
+from ebm_defense.images import check_training_images
 from ebm_defense.langevin import LangevinSettings, Trace, run_chain
 from ebm_defense.learning.bank import Start, noisy_data, visit
 from ebm_defense.noise import GeneratorNoise
@@ -89,11 +90,15 @@ class EnergyTrainer:
         precision: of the chains' inner activations, one of `PRECISIONS`; "fastest" takes
             bf16 unchecked where it is native, since an energy is learned by whatever chains it is
             given, and how its fp32 chains go shows afterwards. The weight update is always fp32.
+
+    Raises:
+        UsageError: images outside [0, 1], NaN, or none.
     """
 
     def __init__(
         self, energy: nn.Module, images: Tensor, recipe: EnergyRecipe, precision: str = "fastest"
     ) -> None:
+        check_training_images(images)
         self.energy, self.recipe, self.precision = energy, recipe, precision
         self.device = next(energy.parameters()).device
         self.images = images * 2.0 - 1.0

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ebm_defense.engine import Curvature, Energy, prepare_product
 from ebm_defense.engine.derivatives import hessian_product, vjp
 from ebm_defense.errors import UsageError
+from ebm_defense.images import PROBED, check_images
 from ebm_defense.langevin import LangevinSettings, Trace, run_chain
 from ebm_defense.noise import GeneratorNoise, KeyedNoise, Noise, fresh_seed
 from ebm_defense.precision.chains import checked_precision
@@ -79,7 +80,11 @@ class Purifier(nn.Module):
 
         Returns:
             `[N, C, H, W]` on the same scale, not clamped.
+
+        Raises:
+            UsageError: no float images `[N, C, H, W]`, NaN pixels, or pixels far outside [0, 1].
         """
+        check_images(images, slack=PROBED)
         if noise is None:
             generator = generator or torch.Generator().manual_seed(fresh_seed())
             noise = GeneratorNoise(generator)

@@ -127,9 +127,13 @@ SPREAD = 0.2
 
 
 def gaussian_images(count=2000) -> torch.Tensor:
-    """Images in [0, 1] whose pixels, in [-1, 1] units, have means ±0.4 and deviation 0.2."""
+    """Images whose pixels, in [-1, 1] units, have means ±0.4 and deviation 0.2.
+
+    One in a thousand is cut off at three deviations, where [0, 1] ends.
+    """
     mean = torch.tensor([0.4, -0.4, 0.4, -0.4]).view(1, 1, 2, 2)
-    return (mean + SPREAD * torch.randn(count, 1, 2, 2, generator=seeded(0)) + 1) / 2
+    x = mean + SPREAD * torch.randn(count, 1, 2, 2, generator=seeded(0))
+    return ((x + 1) / 2).clamp(0, 1)
 
 
 def gaussian_recipe(**options) -> EnergyRecipe:
@@ -464,6 +468,43 @@ def test_an_unknown_start_of_a_recipe_is_refused():
 def test_bad_classifier_recipes_are_refused_by_name(bad, word):
     with pytest.raises(UsageError, match=word):
         ClassifierRecipe(**bad)
+
+
+# Images on another scale
+
+SCALES = {
+    "bytes": lambda x: (x * 255).byte(),
+    "0 to 255": lambda x: x * 255,
+    "-1 to 1": lambda x: x * 2 - 1,
+    "NaN": lambda x: x * float("nan"),
+    "no images": lambda x: x[:0],
+}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_no_trainer_learns_from_images_on_another_scale(scale):
+    images = SCALES[scale](load_data("digits", limit=20).images)
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    energy = ConvEnergy(ConvEnergySettings(channels=1, image_size=8, width=2))
+    with pytest.raises(UsageError, match="training images"):
+        EnergyTrainer(energy, images, EnergyRecipe(batch=2, bank=4))
+    with pytest.raises(UsageError, match="training images"):
+        ClassifierTrainer(small_classifier(), images, labels, ClassifierRecipe())
+
+
+@pytest.mark.parametrize("scale", ["bytes", "0 to 255", "NaN"])
+def test_copies_on_another_scale_are_refused_before_they_are_learned(scale):
+    trainer = classifier_trainer(images=lambda _: SCALES[scale](load_data("digits").images[:200]))
+    before = [p.clone() for p in trainer.classifier.parameters()]
+    with pytest.raises(UsageError, match="training images"):
+        next(trainer.run())
+    assert all(map(torch.equal, before, trainer.classifier.parameters()))
+
+
+def test_labels_unlike_the_images_are_refused():
+    images = load_data("digits").images[:20]
+    with pytest.raises(UsageError, match="labels must be 20 integers"):
+        ClassifierTrainer(small_classifier(), images, torch.zeros(19).long(), ClassifierRecipe())
 
 
 # Learning a classifier

@@ -193,6 +193,26 @@ def test_the_callers_images_are_left_as_they_were(purifier):
     assert torch.equal(images, before)
 
 
+@pytest.mark.parametrize("purifier", every_purifier(), ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: (x * 255).byte(),
+        lambda x: x * 255,
+        lambda x: x * 2 - 1,
+        lambda x: (x - 0.13) / 0.31,
+        lambda x: x * float("nan"),
+        lambda x: x[0],
+    ],
+    ids=["bytes", "0 to 255", "-1 to 1", "normalised", "NaN", "no batch"],
+)
+def test_images_on_another_scale_are_refused(purifier, wrong):
+    images = torch.linspace(0, 1, 64).view(1, 1, 8, 8)
+    purifier(images)
+    with pytest.raises(UsageError, match="images"):
+        purifier(wrong(images))
+
+
 def test_a_generator_moves_on_between_calls():
     generator, images = seeded(0), images_of((2, 1, 8, 8))
     purifier = GaussianNoise(0.1)

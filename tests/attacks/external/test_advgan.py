@@ -40,6 +40,12 @@ def trained(model, images, labels, threat, updates, **more) -> AdvGANTrainer:
     return trainer
 
 
+@pytest.mark.parametrize("scale", [lambda x: (x * 255).byte(), lambda x: x * 2 - 1])
+def test_training_on_images_on_another_scale_is_refused(linear, images, labels, scale) -> None:
+    with pytest.raises(UsageError, match="training images"):
+        trained(linear, scale(images), labels, THREATS[0], 1)
+
+
 @pytest.mark.parametrize("threat", THREATS, ids=str)
 def test_training_beats_noise_of_the_same_size_within_the_threat(linear, threat) -> None:
     images = torch.rand((160, 1, 8, 8), generator=torch.Generator().manual_seed(0))
