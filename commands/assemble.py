@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -14,7 +15,8 @@ from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
 from ebm_defense.errors import UsageError
 from ebm_defense.files import load_tensors
 from ebm_defense.purifiers.base import LangevinPurifier, Purifier
-from ebm_defense.weights import load_into, save_defense
+from ebm_defense.state_dicts import load_weights, read_about
+from ebm_defense.weights import save_defense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +36,10 @@ class Assemble:
     """energy.safetensors of train-ebm."""
     purifier: str | None = None
     """A baseline instead of an energy: gaussian:0.25."""
-    image_size: int = 28
-    """Image height and width."""
-    activation: str = "leaky_relu"
-    """The energy's activation: leaky_relu or soft_lrelu."""
+    image_size: int | None = None
+    """Image height and width; as the energy's weights say if not given."""
+    activation: str | None = None
+    """The energy's activation, leaky_relu or soft_lrelu; as its weights say if not given."""
     steps: int = 200
     """Langevin steps K of a purification."""
     step_size: float = 0.06
@@ -48,8 +50,8 @@ class Assemble:
     """Purifications an image."""
     description: str = ""
     """One sentence for lists."""
-    data: str = "fashion-mnist"
-    """The data set it was made for."""
+    data: str | None = None
+    """The data set it was made for; as the classifier's weights say if not given."""
 
     def run(self) -> int:
         """Load the parts and save the defense."""
@@ -61,7 +63,8 @@ class Assemble:
             replicates=self.replicates,
             undefended=undefended,
         )
-        folder = save_defense(defense, self.out, description=self.description, data=self.data)
+        data = self.data or read_about(self.classifier).get("data", "")
+        folder = save_defense(defense, self.out, description=self.description, data=data)
         print(f"the defense is {folder}; evaluate it with --defense {folder}")
         return 0
 
@@ -71,16 +74,33 @@ class Assemble:
         if self.purifier is not None:
             return make_purifier(self.purifier)
         assert self.energy is not None
-        state = load_tensors(self.energy)
-        energy = ConvEnergy(
-            ConvEnergySettings.of(state, str(self.energy), self.image_size, self.activation)
-        )
-        load_into(energy, state, str(self.energy))
+        energy = ConvEnergy(self._shape(self.energy))
+        load_weights(energy, self.energy)
         return LangevinPurifier(energy, self.steps, self.step_size, self.temperature)
+
+    def _shape(self, path: Path) -> ConvEnergySettings:
+        """Return the energy's shape as its weights tell it; what they do not is asked for."""
+        said = read_about(path)
+        if said.get("network", "ConvEnergy") != "ConvEnergy":
+            raise UsageError(f"{path} holds weights of a {said['network']}, not of an energy.")
+        given: dict[str, Any] = {"image_size": self.image_size, "activation": self.activation}
+        for name, value in given.items():
+            if value is None and name not in said:
+                raise UsageError(
+                    f"{path} does not say the {name} that it was trained with, and its shapes do "
+                    f"not tell; give --{name.replace('_', '-')}."
+                )
+            if value is not None and said.get(name, value) != value:
+                raise UsageError(
+                    f"{path} was trained with {name} {said[name]}, not {value}; leave the option "
+                    "out."
+                )
+        known = {name: said[name] if value is None else value for name, value in given.items()}
+        return ConvEnergySettings.of(load_tensors(path), str(path), **known)
 
 
 def _classifier(path: Path) -> nn.Module:
-    state = load_tensors(path)
-    network = WideResNet(WideResNetSettings.of(state, str(path)))
-    load_into(network, state, str(path))
-    return normalized(network, 0.5, 0.5)
+    said = read_about(path)
+    network = WideResNet(WideResNetSettings.of(load_tensors(path), str(path)))
+    load_weights(network, path)
+    return normalized(network, said.get("mean", 0.5), said.get("std", 0.5))

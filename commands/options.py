@@ -6,16 +6,17 @@ import dataclasses
 import importlib
 import os
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import tomli_w
 import torch
 from torch import nn
 
 from ebm_defense.errors import UsageError
-from ebm_defense.files import load_tensors, write_text
+from ebm_defense.files import write_text
 from ebm_defense.purifiers.base import BASELINES, Purifier, as_purifier, baseline
-from ebm_defense.weights import DEFENSE, load_into, load_purifier, shipped_folder
+from ebm_defense.state_dicts import load_weights
+from ebm_defense.weights import DEFENSE, load_purifier, shipped_folder
 
 M = TypeVar("M", bound=nn.Module)
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -83,7 +84,7 @@ def make_module(spec: str, weights: Path | None, what: str) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise UsageError(f"{spec} made no nn.Module for the {what}, but {type(module).__name__}.")
     if weights is not None:
-        load_into(module, load_tensors(weights), str(weights))
+        load_weights(module, weights)
     return module.eval()
 
 
@@ -99,6 +100,19 @@ def make_purifier(spec: str, steps: int | None = None) -> Purifier:
     if colon and kind not in BASELINES:
         return as_purifier(factory(spec)())
     return baseline(spec)
+
+
+class Wanted(NamedTuple):
+    """The images that a purifier was made for: channels, and height and width; None where any."""
+
+    channels: int | None
+    size: int | None
+
+
+def wanted_by(purifier: Purifier) -> Wanted:
+    """Return what images a purifier's energy knows."""
+    shape = getattr(getattr(purifier, "energy", None), "settings", None)
+    return Wanted(getattr(shape, "channels", None), getattr(shape, "image_size", None))
 
 
 CHECKPOINT = "checkpoint.pt"

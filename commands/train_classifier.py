@@ -22,14 +22,17 @@ from ebm_defense.commands.options import (
 )
 from ebm_defense.data import Images, dataset, load_data
 from ebm_defense.energies.conv import channels_last
-from ebm_defense.files import load_plain, load_tensors, save_state, save_tensors, writable_folder
+from ebm_defense.files import load_plain, save_state, save_tensors, writable_folder
 from ebm_defense.learning.classifier import ClassifierRecipe, ClassifierTrainer, Copies, accuracy
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers.base import Purifier
-from ebm_defense.weights import CLASSIFIER, load_into
+from ebm_defense.state_dicts import about, load_weights
+from ebm_defense.weights import CLASSIFIER
 
 PURIFY_BATCH = 400
 VALIDATION_IMAGES = 1_000
+MEAN, STD = 0.5, 0.5
+"""The normalisation that it learns behind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +152,8 @@ class TrainClassifier:
             torch.manual_seed(self.seed)
             network = WideResNet(settings)
         if self.init is not None:
-            load_into(network, load_tensors(self.init), str(self.init))
-        return normalized(channels_last(network), 0.5, 0.5)
+            load_weights(network, self.init)
+        return normalized(channels_last(network), MEAN, STD)
 
     def _copies(self, images: Tensor, purifier: Purifier, out: Path) -> Copies:
         """Return purified copies of the training images, kept on disk part by part."""
@@ -170,7 +173,8 @@ class TrainClassifier:
                 f"training {epoch.accuracy:.2%}, validation {right:.2%}"
             )
         network = trainer.classifier.get_submodule("classifier")
-        save_tensors(out / CLASSIFIER, network.state_dict())
+        said = about(network, data=self.data, mean=MEAN, std=STD)
+        save_tensors(out / CLASSIFIER, network.state_dict(), said)
         print(f"the classifier is {out / CLASSIFIER}")
 
 

@@ -19,11 +19,12 @@ from ebm_defense.commands.options import (
 from ebm_defense.data import load_data
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, channels_last
 from ebm_defense.errors import UsageError
-from ebm_defense.files import load_tensors, save_tensors, writable_folder, write_text
+from ebm_defense.files import save_tensors, writable_folder, write_text
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.learning.diagnostics import draw_curves, long_chains, save_grid
 from ebm_defense.learning.energy import EnergyRecipe, EnergyTrainer
-from ebm_defense.weights import ENERGY, load_into
+from ebm_defense.state_dicts import about, load_weights
+from ebm_defense.weights import ENERGY
 
 PICTURED = 16
 
@@ -146,7 +147,7 @@ class TrainEbm:
             torch.manual_seed(self.seed)
             energy = ConvEnergy(settings)
         if self.init is not None:
-            load_into(energy, load_tensors(self.init), str(self.init))
+            load_weights(energy, self.init)
         channels_last(energy)
         return energy
 
@@ -158,7 +159,7 @@ class TrainEbm:
             )
             last = update.number == self.updates
             if last or update.number % self.checkpoint_every == 0:
-                keep(trainer, out)
+                keep(trainer, out, self.data)
             if last or update.number % self.pictures_every == 0:
                 self._draw(trainer, out)
 
@@ -177,9 +178,10 @@ class TrainEbm:
         save_grid([chains[k] for k in sorted(chains)], folder / f"chains-{name}.png")
 
 
-def keep(trainer: EnergyTrainer, out: Path) -> None:
+def keep(trainer: EnergyTrainer, out: Path, data: str) -> None:
     """Write the checkpoint, the averaged weights and the history so far, each atomically."""
     trainer.save(out / CHECKPOINT)
-    save_tensors(out / ENERGY, trainer.averaged.module.state_dict())
+    energy = trainer.averaged.module
+    save_tensors(out / ENERGY, energy.state_dict(), about(energy, data=data))
     history = pd.DataFrame(trainer.history, columns=["update", "d_s", "r_s"])
     write_text(out / "history.csv", history.to_csv(index=False))

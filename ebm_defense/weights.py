@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tomli_w
-from torch import Tensor, nn
+from torch import nn
 
 from ebm_defense.classifiers import Normalized, WideResNet, WideResNetSettings, normalized
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, channels_last
 from ebm_defense.errors import UsageError
-from ebm_defense.files import load_tensors, save_tensors, writable_folder, write_text
+from ebm_defense.files import save_tensors, writable_folder, write_text
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.purifiers.base import GaussianNoise, LangevinPurifier, Purifier
+from ebm_defense.state_dicts import about, load_weights
 
 CHAIN_OPTIONS = ("steps", "precision")
 DEFENSE, SUMS = "defense.toml", "SHA256SUMS"
@@ -225,8 +226,11 @@ def save_defense(
     """
     settings = dataclasses.replace(_settings(defense), description=description, data=data)
     path = writable_folder(folder)
+    scales = {CLASSIFIER: settings.classifier, UNDEFENDED: settings.undefended}
     for name, module in _parts(defense).items():
-        save_tensors(path / name, module.state_dict())
+        scale = scales.get(name)
+        more = {} if scale is None else {"mean": scale.mean, "std": scale.std}
+        save_tensors(path / name, module.state_dict(), about(module, data=data, **more))
     plain = _without_none(dataclasses.asdict(settings))
     write_text(path / DEFENSE, tomli_w.dumps(plain))
     write_sums(path)
@@ -289,13 +293,13 @@ def _without_none(plain: Any) -> Any:
 
 def _classifier(path: Path, s: ClassifierSettings) -> nn.Module:
     network = WideResNet(s.network)
-    load_into(network, load_tensors(path), str(path))
+    load_weights(network, path)
     return normalized(channels_last(network), s.mean, s.std).eval()
 
 
 def _energy(path: Path, settings: ConvEnergySettings) -> ConvEnergy:
     energy = ConvEnergy(settings)
-    load_into(energy, load_tensors(path), str(path))
+    load_weights(energy, path)
     channels_last(energy.eval().requires_grad_(False))
     return energy
 
@@ -312,28 +316,6 @@ def _purifier(folder: Path, settings: DefenseSettings, options: dict[str, Any]) 
     return GaussianNoise(settings.noise)
 
 
-def load_into(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
-    """Copy a state_dict into a module of exactly its keys and shapes.
-
-    Raises:
-        UsageError: keys missing, unknown, or of another shape; the first is named.
-    """
-    wanted = module.state_dict()
-    for key in dict.fromkeys([*wanted, *state]):
-        if key not in state:
-            raise UsageError(f"{name} lacks {key}: these are weights of another architecture.")
-        if key not in wanted:
-            raise UsageError(
-                f"{name} holds {key}, which the network has not: another architecture."
-            )
-        if state[key].shape != wanted[key].shape:
-            raise UsageError(
-                f"{name}: {key} has shape {tuple(state[key].shape)}, not "
-                f"{tuple(wanted[key].shape)}: these are weights of another architecture."
-            )
-    module.load_state_dict(state)
-
-
 def import_published_cifar10(ebm: Path, clf: Path, folder: str | Path) -> Path:
     """Turn the two state_dicts of the published CIFAR-10 release into a defense folder.
 
@@ -348,8 +330,8 @@ def import_published_cifar10(ebm: Path, clf: Path, folder: str | Path) -> Path:
         UsageError: a file that is missing, damaged, or of other keys or shapes.
     """
     energy, network = ConvEnergy(), WideResNet()
-    load_into(energy, load_tensors(ebm), str(ebm))
-    load_into(network, load_tensors(clf), str(clf))
+    load_weights(energy, ebm)
+    load_weights(network, clf)
     defense = PurifiedClassifier(
         normalized(network, 0.5, 0.5), LangevinPurifier(energy), replicates=15
     )

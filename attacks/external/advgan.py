@@ -19,9 +19,9 @@ from ebm_defense.attacks.external.one_shot import Crafted, OneShotAttack
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
-from ebm_defense.files import load_tensors, save_tensors, writable_folder, write_text
+from ebm_defense.files import save_tensors, writable_folder, write_text
 from ebm_defense.serialize import from_plain
-from ebm_defense.weights import load_into
+from ebm_defense.state_dicts import load_weights
 
 GENERATOR, SETTINGS = "generator.safetensors", "advgan.toml"
 GROUPS = 4
@@ -119,7 +119,7 @@ class Generator(nn.Module):
                 f"{path} holds no {SETTINGS}; name a folder that ebm-defense train-advgan wrote."
             )
         made = cls(from_plain(GeneratorSettings, _read(file), str(file)))
-        load_into(made, load_tensors(path / GENERATOR), str(path / GENERATOR))
+        load_weights(made, path / GENERATOR)
         return made.eval()
 
 
