@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import pickle
+import shutil
 import struct
 from collections import Counter
 from pathlib import Path
@@ -12,11 +15,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from ebm_defense import data
 from ebm_defense._torchvision import torchvision
-from ebm_defense.data import DATASETS, data_roots, dataset, load_data, stratified_order
+from ebm_defense.data import (
+    DATASETS,
+    SPLITS,
+    FolderSettings,
+    Framing,
+    data_roots,
+    dataset,
+    load_data,
+    open_data,
+    published,
+    stratified_order,
+)
 from ebm_defense.errors import UsageError
 
 quick = settings(deadline=None, max_examples=30, derandomize=True)
@@ -26,7 +38,7 @@ quick = settings(deadline=None, max_examples=30, derandomize=True)
 def _no_data_of_this_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("EBM_DEFENSE_DATA", raising=False)
-    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path / "no-debian")
+    monkeypatch.setattr(published, "DEBIAN_FASHION_MNIST", tmp_path / "no-debian")
 
 
 def assert_images(found, shape, classes):
@@ -88,15 +100,15 @@ def test_digits_are_8_by_8_in_three_splits():
 
 def test_digits_splits_are_disjoint_and_leave_nothing_out():
     train, val, test = (contents(load_data("digits", s)) for s in ("train", "val", "test"))
-    assert train + val == contents(DATASETS["digits"].load(Path(), True))
-    assert test == contents(DATASETS["digits"].load(Path(), False))
+    assert train + val == contents(published.digits(None, True))
+    assert test == contents(published.digits(None, False))
     assert not train & val
     assert not train & test
     assert not val & test
 
 
 def test_validation_split_keeps_the_class_shares():
-    whole = DATASETS["digits"].load(Path(), True).labels.bincount().double()
+    whole = published.digits(None, True).labels.bincount().double()
     val = load_data("digits", "val").labels.bincount().double()
     assert float((val - whole * val.sum() / whole.sum()).abs().max()) < 2
 
@@ -175,57 +187,6 @@ def test_labels_need_not_run_from_zero():
     assert labels[stratified_order(labels, 0)][:2].sort().values.tolist() == [7, 900]
 
 
-# Folders
-
-
-def write_tree(root: Path, sizes=((6, 5),), classes=("cat", "dog"), each=3) -> Path:
-    rng = np.random.default_rng(0)
-    for name in classes:
-        (root / name).mkdir(parents=True)
-        for i in range(each):
-            height, width = sizes[i % len(sizes)]
-            pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{i}.png")
-    return root
-
-
-def test_a_folder_tree_becomes_images_and_labels(tmp_path):
-    root = write_tree(tmp_path / "tree")
-    found = load_data("folder", root=root)
-    assert_images(found, (6, 3, 6, 5), 2)
-    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    first = np.asarray(Image.open(root / "cat" / "0.png")) / 255
-    torch.testing.assert_close(found.images[0], torch.tensor(first).float().permute(2, 0, 1))
-
-
-def test_a_folder_can_be_sampled(tmp_path):
-    found = load_data("folder", root=write_tree(tmp_path / "tree"), limit=4)
-    assert found.labels.bincount().tolist() == [2, 2]
-
-
-def test_a_folder_has_a_test_split_alone(tmp_path):
-    with pytest.raises(UsageError, match="no split 'train'"):
-        load_data("folder", "train", root=write_tree(tmp_path / "tree"))
-
-
-def test_a_folder_of_images_of_several_sizes_is_refused(tmp_path):
-    root = write_tree(tmp_path / "tree", sizes=((6, 5), (5, 6)))
-    with pytest.raises(UsageError, match="differ in size"):
-        load_data("folder", root=root)
-
-
-def test_a_folder_without_images_is_refused(tmp_path):
-    (tmp_path / "tree" / "cat").mkdir(parents=True)
-    for root in (tmp_path / "tree", tmp_path / "tree" / "cat"):
-        with pytest.raises(UsageError, match="no folder of class folders"):
-            load_data("folder", root=root)
-
-
-def test_a_folder_needs_a_root():
-    with pytest.raises(UsageError, match="needs a data root"):
-        load_data("folder")
-
-
 # Roots and refusals
 
 
@@ -242,8 +203,8 @@ def test_data_are_looked_for_in_root_environment_and_cache(monkeypatch, tmp_path
 
 
 def test_unknown_data_sets_are_answered_with_the_known_ones():
-    with pytest.raises(UsageError, match=r"'mnist'.*cifar10.*digits"):
-        load_data("mnist")
+    with pytest.raises(UsageError, match=r"'imagenet'.*mnist.*cifar10.*digits"):
+        load_data("imagenet")
 
 
 def test_unknown_splits_are_answered_with_the_known_ones():
@@ -379,17 +340,16 @@ def write_debian(folder: Path, seed: int = 0) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def debian(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
+    monkeypatch.setattr(published, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
     return write_debian(tmp_path / "debian")
 
 
-def test_debians_files_are_unpacked_into_the_cache(debian, tmp_path):
+def test_debians_files_are_read_as_they_lie(debian, tmp_path):
     found = load_data("fashion-mnist")
     expected = torch.from_numpy(debian["t10k-images-idx3-ubyte"])[:, None] / 255
     torch.testing.assert_close(found.images, expected.float())
     assert found.labels.tolist() == debian["t10k-labels-idx1-ubyte"].tolist()
-    raw = tmp_path / "cache" / "ebm-defense" / "FashionMNIST" / "raw"
-    assert sorted(p.name for p in raw.iterdir()) == sorted(debian)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_debians_training_images_are_split(debian):
@@ -398,17 +358,8 @@ def test_debians_training_images_are_split(debian):
     assert val.labels.sort().values.tolist() == [0, 1, 2]
 
 
-def test_unpacked_files_are_used_without_unpacking_again(debian, monkeypatch, tmp_path):
-    first = load_data("fashion-mnist")
-    monkeypatch.setattr(gzip, "open", lambda *_: pytest.fail("unpacked twice"))
-    for root in (None, tmp_path):
-        assert torch.equal(load_data("fashion-mnist", root=root).images, first.images)
-    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path / "uninstalled")
-    assert torch.equal(load_data("fashion-mnist").images, first.images)
-
-
 def test_files_in_the_named_root_come_before_debians(debian, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path / "other")
+    monkeypatch.setattr(published, "DEBIAN_FASHION_MNIST", tmp_path / "other")
     other = write_debian(tmp_path / "other", seed=1)
     raw = tmp_path / "mine" / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
@@ -419,28 +370,151 @@ def test_files_in_the_named_root_come_before_debians(debian, monkeypatch, tmp_pa
     assert not np.array_equal(found[:, 0].round(), other["t10k-images-idx3-ubyte"])
 
 
-def test_a_damaged_archive_leaves_no_file_that_looks_whole(debian, tmp_path):
-    packed = tmp_path / "debian" / "train-images-idx3-ubyte.gz"
-    packed.write_bytes(packed.read_bytes()[:-200])
-    with pytest.raises((EOFError, OSError, UsageError)):
-        load_data("fashion-mnist")
-    raw = tmp_path / "cache" / "ebm-defense" / "FashionMNIST" / "raw"
-    assert not (raw / "train-images-idx3-ubyte").exists()
+# Damage in a named place
 
 
-def test_unpacking_that_was_interrupted_goes_on_the_next_time(debian, tmp_path):
-    packed = tmp_path / "debian" / "train-images-idx3-ubyte.gz"
-    whole = packed.read_bytes()
-    packed.write_bytes(whole[:-200])
-    with pytest.raises((EOFError, OSError, UsageError)):
+def write_idx(folder: Path, name: str = "FashionMNIST/raw", packed: bool = False) -> Path:
+    """Write five test and five training images, each of one grey, and return their folder."""
+    raw = folder / name
+    raw.mkdir(parents=True, exist_ok=True)
+    for half in ("train", "t10k"):
+        pixels = np.full((5, 28, 28), 51)
+        for kind, array in (("images-idx3", pixels), ("labels-idx1", np.arange(5))):
+            content = idx(array)
+            file = raw / f"{half}-{kind}-ubyte{'.gz' * packed}"
+            file.write_bytes(gzip.compress(content) if packed else content)
+    return raw
+
+
+def spoil(how: str, file: Path) -> None:
+    content = file.read_bytes()
+    spoilt = {
+        "one byte short": content[:-1],
+        "one byte long": content + b"0",
+        "half a header": content[:6],
+        "empty": b"",
+        "a web page": b"<html>404</html>" + content,
+    }
+    file.write_bytes(spoilt[how])
+
+
+@pytest.fixture
+def elsewhere(monkeypatch, tmp_path):
+    """Put whole data of the same name into the places that are searched after a named one."""
+    monkeypatch.setattr(published, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
+    write_debian(tmp_path / "debian")
+    for cls in ("MNIST", "FashionMNIST"):
+        write_idx(tmp_path / "cache" / "ebm-defense", f"{cls}/raw")
+
+
+@pytest.mark.parametrize(
+    "how", ["one byte short", "one byte long", "half a header", "empty", "a web page"]
+)
+@pytest.mark.parametrize("kind", ["images-idx3", "labels-idx1"])
+@pytest.mark.parametrize("name", ["fashion-mnist", "mnist"])
+def test_damage_in_a_named_place_is_told_and_nothing_else_is_loaded(
+    elsewhere, tmp_path, name, kind, how
+):
+    cls = {"mnist": "MNIST"}.get(name, "FashionMNIST")
+    file = write_idx(tmp_path / "mine", f"{cls}/raw") / f"t10k-{kind}-ubyte"
+    assert len(load_data(name, root=tmp_path / "mine").labels) == 5
+    spoil(how, file)
+    with pytest.raises(UsageError, match=f"{file} is damaged"):
+        load_data(name, root=tmp_path / "mine")
+
+
+@pytest.mark.parametrize("place", ["environment", "cache", "debian"])
+def test_damage_anywhere_on_the_way_is_told(elsewhere, monkeypatch, tmp_path, place):
+    folder = {"cache": tmp_path / "cache" / "ebm-defense"}.get(place, tmp_path / "mine")
+    raw = tmp_path / "debian" if place == "debian" else write_idx(folder)
+    if place == "debian":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no-cache"))
+    if place == "environment":
+        monkeypatch.setenv("EBM_DEFENSE_DATA", str(tmp_path / "mine"))
+    file = next(raw.glob("t10k-images-idx3-ubyte*"))
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UsageError, match=f"{file} is damaged"):
         load_data("fashion-mnist")
-    packed.write_bytes(whole)
-    assert len(load_data("fashion-mnist").labels) == 9
+
+
+def test_a_file_without_its_other_half_is_told(elsewhere, tmp_path):
+    raw = write_idx(tmp_path / "mine")
+    (raw / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(UsageError, match="without its labels"):
+        load_data("fashion-mnist", root=tmp_path / "mine")
+
+
+def test_labels_and_images_of_unlike_count_are_told(elsewhere, tmp_path):
+    raw = write_idx(tmp_path / "mine")
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(idx(np.arange(4)))
+    with pytest.raises(UsageError, match=r"5 images, but .* 4 labels"):
+        load_data("fashion-mnist", root=tmp_path / "mine")
+
+
+def test_what_is_absent_is_looked_for_further(elsewhere, tmp_path):
+    (tmp_path / "mine").mkdir()
+    assert len(load_data("fashion-mnist", root=tmp_path / "mine").labels) == 5
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("folder", ["MNIST/raw", "."])
+def test_mnist_is_read_where_people_have_it(tmp_path, folder, packed):
+    write_idx(tmp_path / "mine", folder, packed)
+    found = load_data("mnist", root=tmp_path / "mine")
+    torch.testing.assert_close(found.images, torch.full((5, 1, 28, 28), 0.2))
+    assert found.labels.tolist() == list(range(5))
+    assert dataset("mnist").classes[7] == "7"
+    assert not dataset("mnist").flip
+
+
+def write_cifar(monkeypatch, root: Path) -> Path:
+    """Write a small CIFAR-10 whose MD5s torchvision expects."""
+    datasets = torchvision("datasets")
+    folder = root / datasets.CIFAR10.base_folder
+    folder.mkdir(parents=True)
+    files: dict[str, dict] = {"batches.meta": {"label_names": list("abcdefghij")}}
+    for name in [n for n, _ in (*datasets.CIFAR10.train_list, *datasets.CIFAR10.test_list)]:
+        files[name] = {"data": np.full((10, 3072), 51, np.uint8), "labels": list(range(10))}
+    sums = {}
+    for name, content in files.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    for attribute in ("train_list", "test_list"):
+        names = [n for n, _ in getattr(datasets.CIFAR10, attribute)]
+        monkeypatch.setattr(datasets.CIFAR10, attribute, [[n, sums[n]] for n in names])
+    meta = {**datasets.CIFAR10.meta, "md5": sums["batches.meta"]}
+    monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["test_batch", "data_batch_3", "batches.meta"])
+@pytest.mark.parametrize("how", ["one byte short", "gone"])
+def test_damaged_colour_images_in_a_named_place_are_told(monkeypatch, tmp_path, name, how):
+    folder = write_cifar(monkeypatch, tmp_path / "mine")
+    shutil.copytree(tmp_path / "mine", tmp_path / "cache" / "ebm-defense")
+    assert len(load_data("cifar10", root=tmp_path / "mine").labels) == 10
+    spoil(how, folder / name) if how != "gone" else (folder / name).unlink()
+    said = "is missing" if how == "gone" else "is damaged"
+    with pytest.raises(UsageError, match=f"{folder / name} {said}"):
+        load_data("cifar10", root=tmp_path / "mine")
+    shutil.rmtree(tmp_path / "mine" / folder.name)
+    assert len(load_data("cifar10", root=tmp_path / "mine").labels) == 10
+
+
+def test_settings_of_photos_are_for_folders_alone():
+    with pytest.raises(UsageError, match="only data set 'folder'"):
+        load_data("digits", folder=FolderSettings(framing=Framing(crop=8)))
+
+
+def test_an_opened_data_set_knows_its_classes():
+    source = open_data("digits")
+    assert source.classes == dataset("digits").classes
+    assert torch.equal(source.labels, load_data("digits").labels)
 
 
 def test_every_listed_data_set_names_its_ten_classes_or_none():
     for name, entry in DATASETS.items():
         assert len(entry.classes) in (0, 10), name
-        assert set(entry.splits) <= set(data.SPLITS)
+        assert set(entry.splits) <= set(SPLITS)
     assert not DATASETS["svhn"].flip
     assert not DATASETS["digits"].flip
