@@ -30,7 +30,8 @@ from ebm_defense.learning.convergence import (
     long_runs,
 )
 from ebm_defense.purifiers.base import LangevinPurifier
-from ebm_defense.weights import ENERGY, load_defense, load_energy, load_into, load_purifier
+from ebm_defense.state_dicts import load_weights
+from ebm_defense.weights import ENERGY, load_defense, load_energy, load_purifier
 
 SETTINGS, HISTORY, PAGE, FOUND = "settings.toml", "history.csv", "diagnosis.png", "diagnosis.toml"
 
@@ -172,7 +173,7 @@ def _trained(folder: Path) -> Subject:
             f"{folder / SETTINGS} lacks {error}; name a folder that train-ebm wrote, or a defense."
         ) from error
     energy = ConvEnergy(shape).requires_grad_(False)
-    load_into(energy, state, str(folder / ENERGY))
+    load_weights(energy, folder / ENERGY)
     history = folder / HISTORY
     curves = pd.read_csv(history) if history.is_file() else None
     return Subject(energy, settings, lived, noise, curves)
