@@ -120,7 +120,7 @@ class EnergyTrainer:
         """Update until the recipe's number is reached, yielding each update's diagnostics.
 
         Raises:
-            DivergedError: a NaN, a pixel beyond ±6, or |d_s| above 10,000. The weights are then
+            DivergedError: a NaN, a pixel beyond ±6, or d_s beyond ±10,000. The weights are then
                 as they were before the bad update.
         """
         while self.done < self.recipe.updates:
