@@ -115,28 +115,23 @@ def wanted_by(purifier: Purifier) -> Wanted:
     return Wanted(getattr(shape, "channels", None), getattr(shape, "image_size", None))
 
 
-CHECKPOINT = "checkpoint.pt"
+SETTINGS = "settings.toml"
 
 
-def checkpoint_of(out: Path, resume: bool) -> Path | None:
-    """Return the checkpoint that a training in `out` goes on from; None if there is none yet.
-
-    Raises:
-        UsageError: there is one, and nobody said to go on from it.
-    """
-    path = out / CHECKPOINT
-    if path.exists() and not resume:
-        raise UsageError(f"{out} holds a checkpoint; go on with --resume, or name another folder.")
-    return path if path.exists() else None
-
-
-def write_settings(folder: Path, command: Any, name: str = "settings.toml") -> None:
+def write_settings(folder: Path, command: Any, name: str = SETTINGS) -> None:
     """Write a command's options as a TOML file, which --config takes again."""
-    values = {k: _plain(v) for k, v in dataclasses.asdict(command).items() if v is not None}
-    write_text(folder / name, tomli_w.dumps(values))
+    write_text(folder / name, tomli_w.dumps(plain(command)))
+
+
+def plain(command: Any) -> dict[str, Any]:
+    """Return a command's options as plain values, without those that were not given."""
+    values: dict[str, Any] = _plain(dataclasses.asdict(command))
+    return values
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items() if v is not None}
     if isinstance(value, Path):
         return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value

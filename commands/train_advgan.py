@@ -13,18 +13,20 @@ from ebm_defense.attacks import ThreatModel
 from ebm_defense.attacks.external.advgan_training import AdvGANRecipe, AdvGANTrainer, Update
 from ebm_defense.attacks.gradients.registry import make_gradient
 from ebm_defense.commands.options import (
-    CHECKPOINT,
     Device,
-    checkpoint_of,
     put_on,
     resolve_device,
     write_settings,
 )
+from ebm_defense.commands.resume import CHECKPOINT, checkpoint_of
 from ebm_defense.data import dataset, load_data
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
 from ebm_defense.files import writable_folder, write_text
 from ebm_defense.weights import load_defense
+
+FIXED = {"data", "split", "images", "defense", "against", "width", "seed"}
+"""Options that a checkpoint holds the outcome of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,7 @@ class TrainAdvgan:
         recipe, threat = self.recipe(), self._threat()
         gradient = make_gradient(self.gradient)
         device, out = resolve_device(self.device), writable_folder(self.out)
-        checkpoint = checkpoint_of(out, self.resume)
+        checkpoint = checkpoint_of(out, self, FIXED)
         data = load_data(self.data, self.split, self.images, root=self.data_root)
         defense = put_on(self._defense(), device)
         images, labels = data.images.to(device), data.labels.to(device)

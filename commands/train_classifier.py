@@ -13,13 +13,12 @@ from ebm_defense.attacks import ThreatModel
 from ebm_defense.attacks.training import TrainingPerturbation
 from ebm_defense.classifiers import WideResNet, WideResNetSettings, normalized
 from ebm_defense.commands.options import (
-    CHECKPOINT,
     Device,
-    checkpoint_of,
     make_purifier,
     resolve_device,
     write_settings,
 )
+from ebm_defense.commands.resume import CHECKPOINT, checkpoint_of
 from ebm_defense.data import Images, dataset, load_data
 from ebm_defense.energies.conv import channels_last
 from ebm_defense.files import load_plain, save_state, save_tensors, writable_folder
@@ -33,6 +32,9 @@ PURIFY_BATCH = 400
 VALIDATION_IMAGES = 1_000
 MEAN, STD = 0.5, 0.5
 """The normalisation that it learns behind."""
+
+FIXED = {"data", "images", "depth", "widen", "init", "purified", "purify_steps", "seed"}
+"""Options that a checkpoint holds the outcome of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,7 @@ class TrainClassifier:
         """Purify if asked, learn, measure on the validation split."""
         recipe, device = self.recipe(), resolve_device(self.device)
         out = writable_folder(self.out)
-        checkpoint = checkpoint_of(out, self.resume)
+        checkpoint = checkpoint_of(out, self, FIXED)
         purifier = make_purifier(self.purified, self.purify_steps) if self.purified else None
         train = load_data(self.data, "train", self.images, root=self.data_root)
         held_out = self._validation()

@@ -10,12 +10,11 @@ import torch
 from tqdm import tqdm
 
 from ebm_defense.commands.options import (
-    CHECKPOINT,
     Device,
-    checkpoint_of,
     resolve_device,
     write_settings,
 )
+from ebm_defense.commands.resume import CHECKPOINT, checkpoint_of
 from ebm_defense.data import load_data
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, channels_last
 from ebm_defense.errors import UsageError
@@ -27,6 +26,9 @@ from ebm_defense.state_dicts import about, load_weights
 from ebm_defense.weights import ENERGY
 
 PICTURED = 16
+
+FIXED = {"data", "images", "width", "activation", "init", "bank", "seed"}
+"""Options that a checkpoint holds the outcome of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +125,7 @@ class TrainEbm:
             )
         recipe, device = self.recipe(), resolve_device(self.device)
         out = writable_folder(self.out)
-        checkpoint = checkpoint_of(out, self.resume)
+        checkpoint = checkpoint_of(out, self, FIXED)
         images = load_data(self.data, "train", self.images, root=self.data_root).images
         energy = self._energy(images).to(device)
         trainer = EnergyTrainer(energy, images, recipe, self.precision)

@@ -19,6 +19,7 @@ from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.files import load_plain, save_state
 from ebm_defense.images import check_training_images
+from ebm_defense.learning.checkpoints import refuse_another
 from ebm_defense.noise import chain_keys, derive_seed
 
 
@@ -173,6 +174,7 @@ class AdvGANTrainer:
     def save(self, path: Path) -> None:
         """Write everything that `load` needs to go on exactly, atomically."""
         state: dict[str, Any] = {
+            "about": {"seed": self.recipe.seed},
             "generator": self.generator.state_dict(),
             "discriminator": self.discriminator.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
@@ -181,8 +183,9 @@ class AdvGANTrainer:
         save_state(path, state)
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint of `save`; a `UsageError` if it is of another network."""
+        """Go on from a checkpoint of `save`; a `UsageError` if it is of another network or seed."""
         state = load_plain(path)
+        refuse_another(state, {"seed": self.recipe.seed}, path)
         try:
             self.generator.load_state_dict(state["generator"])
             self.discriminator.load_state_dict(state["discriminator"])

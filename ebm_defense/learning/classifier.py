@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ebm_defense.errors import UsageError
 from ebm_defense.files import load_plain, save_state
 from ebm_defense.images import PURIFIED, check_images, check_labels, check_training_images
+from ebm_defense.learning.checkpoints import refuse_another
 from ebm_defense.precision.names import resolve_precision
 
 Copies = Callable[[int], Tensor]
@@ -165,6 +166,7 @@ class ClassifierTrainer:
     def save(self, path: Path) -> None:
         """Write everything that `load` needs to go on exactly, atomically."""
         state = {
+            "about": {"seed": self.recipe.seed},
             "classifier": self.classifier.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "generator": self.generator.get_state(),
@@ -173,8 +175,9 @@ class ClassifierTrainer:
         save_state(path, state)
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint of `save`; a `UsageError` if it is of another network."""
+        """Go on from a checkpoint of `save`; a `UsageError` if it is of another network or seed."""
         state = load_plain(path)
+        refuse_another(state, {"seed": self.recipe.seed}, path)
         try:
             self.classifier.load_state_dict(state["classifier"])
             self.optimiser.load_state_dict(state["optimiser"])

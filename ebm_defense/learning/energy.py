@@ -16,7 +16,9 @@ from ebm_defense.files import load_plain, save_state
 from ebm_defense.images import check_training_images
 from ebm_defense.langevin import LangevinSettings, Trace, run_chain
 from ebm_defense.learning.bank import Start, noisy_data, visit
+from ebm_defense.learning.checkpoints import refuse_another
 from ebm_defense.noise import GeneratorNoise
+from ebm_defense.state_dicts import about
 
 PIXEL_LIMIT = 6.0
 ENERGY_LIMIT = 1e4
@@ -191,6 +193,7 @@ class EnergyTrainer:
     def save(self, path: Path) -> None:
         """Write everything that `load` needs to go on exactly, atomically."""
         state: dict[str, Any] = {
+            "about": self._about(),
             "energy": self.energy.state_dict(),
             "averaged": self.averaged.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -200,13 +203,17 @@ class EnergyTrainer:
         }
         save_state(path, state)
 
+    def _about(self) -> dict[str, Any]:
+        return {"seed": self.recipe.seed, **about(self.energy)}
+
     def load(self, path: Path) -> None:
         """Go on from a checkpoint of `save`.
 
         Raises:
-            UsageError: a missing or damaged checkpoint, or one of another network or bank.
+            UsageError: a missing or damaged checkpoint, or one of another network, bank or seed.
         """
         state = load_plain(path, "cpu")
+        refuse_another(state, self._about(), path)
         try:
             self.energy.load_state_dict(state["energy"])
             self.averaged.load_state_dict(state["averaged"])

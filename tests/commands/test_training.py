@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from ebm_defense.files import save_tensors
+from ebm_defense.weights import read_settings
+
 ENERGY = (
     *("train-ebm", "--data", "digits", "--images", 60, "--width", 2, "--bank", 30, "--batch", 10),
     *("--langevin-steps", 2, "--checkpoint-every", 2, "--pictures-every", 4),
@@ -51,6 +54,32 @@ def test_a_second_run_in_the_same_folder_needs_resume(run, tmp_path: Path) -> No
     assert "--resume" in err
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--seed", 7), ("--activation", "soft_lrelu"), ("--images", 50), ("--bank", 40)],
+)
+def test_what_resuming_cannot_change_is_refused(run, tmp_path: Path, option, value) -> None:
+    first = (*ENERGY, "--updates", 2, "--out", tmp_path)
+    assert run(*first)[0] == 0
+    before = (tmp_path / "settings.toml").read_bytes()
+    status, _, err = run(*first, "--resume", option, value)
+    assert status == 2
+    assert f"was begun with {option}" in err or f"was begun without {option}" in err
+    assert (tmp_path / "settings.toml").read_bytes() == before
+    # What takes effect may change, and the same value said again is none.
+    assert run(*first, "--resume", "--updates", 3, "--adam-lr", 1e-5, "--seed", 0)[0] == 0
+
+
+def test_a_classifier_goes_on_with_its_own_seed_and_purifier(run, tmp_path: Path) -> None:
+    first = (*CLASSIFIER, "--epochs", 1, "--out", tmp_path)
+    assert run(*first)[0] == 0
+    for change in (("--seed", 3), ("--purified", "gaussian:0.2")):
+        status, _, err = run(*first, "--resume", *change)
+        assert status == 2
+        assert f"cannot change it to {change[1]}" in err
+    assert run(*first, "--resume", "--epochs", 2)[0] == 0
+
+
 def test_divergence_stops_with_a_sentence_and_keeps_the_checkpoint(run, tmp_path: Path) -> None:
     assert run(*ENERGY, "--updates", 2, "--out", tmp_path)[0] == 0
     wild = ("--updates", 9, "--step-size", 90.0, "--resume", "--out", tmp_path)
@@ -84,6 +113,28 @@ def test_train_classifier_on_a_baseline(run, tmp_path: Path) -> None:
     words = ("--purified", "gaussian:0.2", "--copies", 2, "--epochs", 2, "--out", tmp_path)
     assert run(*CLASSIFIER, *words)[0] == 0
     assert not (tmp_path / "purified").exists()
+
+
+def test_assemble_takes_the_activation_that_the_energy_was_trained_with(run, tmp_path) -> None:
+    smooth = ("--activation", "soft_lrelu", "--updates", 1)
+    assert run(*ENERGY, *smooth, "--out", tmp_path / "e")[0] == 0
+    assert run(*CLASSIFIER, "--epochs", 1, "--out", tmp_path / "c")[0] == 0
+    weights = tmp_path / "e" / "energy.safetensors"
+    words = ("assemble", "--classifier", tmp_path / "c" / "classifier.safetensors", "--steps", 2)
+    assert run(*words, "--energy", weights, "--out", tmp_path / "d")[0] == 0
+    settings = read_settings(tmp_path / "d")
+    assert settings.energy is not None
+    assert (settings.energy.activation, settings.energy.image_size) == ("soft_lrelu", 8)
+    assert settings.data == "digits"
+    wrong = run(*words, "--energy", weights, "--activation", "leaky_relu", "--out", tmp_path / "x")
+    assert wrong[0] == 2
+    assert "was trained with activation soft_lrelu" in wrong[2]
+    save_tensors(tmp_path / "e" / "mute.safetensors", load_file(weights))
+    mute = ("--energy", tmp_path / "e" / "mute.safetensors", "--out", tmp_path / "m")
+    assert "give --image-size" in run(*words, *mute)[2]
+    assert "give --activation" in run(*words, *mute, "--image-size", 8)[2]
+    told = ("--image-size", 8, "--activation", "soft_lrelu")
+    assert run(*words, *mute, *told)[0] == 0
 
 
 def test_assemble_names_weights_of_another_kind(run, tmp_path: Path) -> None:

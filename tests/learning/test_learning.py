@@ -317,7 +317,9 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, stop):
         next(run)
     first.save(tmp_path / "state.pt")
 
-    second = conv_trainer(seed=99)
+    second = conv_trainer()
+    second.generator.manual_seed(99)
+    second.bank.zero_()
     for p in second.energy.parameters():
         nn.init.zeros_(p)
     second.load(tmp_path / "state.pt")
@@ -353,8 +355,27 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content):
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     conv_trainer().save(tmp_path / "state.pt")
     gaussian = EnergyTrainer(Gaussian(), gaussian_images(), gaussian_recipe())
-    with pytest.raises(UsageError, match="no checkpoint of this network"):
+    with pytest.raises(
+        UsageError, match="begun with network ConvEnergy, and cannot go on with network Gaussian"
+    ):
         gaussian.load(tmp_path / "state.pt")
+
+
+@pytest.mark.parametrize("change", ["seed", "activation"])
+def test_a_checkpoint_that_would_go_on_as_something_else_is_refused(tmp_path, change):
+    """Neither shows in shapes: another seed does nothing, another activation mixes two energies."""
+    conv_trainer().save(tmp_path / "state.pt")
+    other = conv_trainer(seed=7) if change == "seed" else conv_trainer()
+    if change == "activation":
+        shape = ConvEnergySettings(channels=1, image_size=8, width=2, activation="soft_lrelu")
+        other.energy = ConvEnergy(shape)
+    with pytest.raises(UsageError, match=f"begun with {change}"):
+        other.load(tmp_path / "state.pt")
+    classifier_trainer().save(tmp_path / "classifier.pt")
+    data = load_data("digits", "train")
+    trainer = ClassifierTrainer(small_classifier(), *data, ClassifierRecipe(seed=7))
+    with pytest.raises(UsageError, match="begun with seed 0, and cannot go on with seed 7"):
+        trainer.load(tmp_path / "classifier.pt")
 
 
 def test_a_checkpoint_of_another_bank_is_refused(tmp_path):
