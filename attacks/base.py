@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier, as_defense
-from ebm_defense.images import check_images, check_labels
+from ebm_defense.errors import UsageError
+from ebm_defense.inputs import read_batch
+from ebm_defense.modes import evaluating
+from ebm_defense.noise import chain_keys
+from ebm_defense.numbers import whole
 
 
 class Proposal(NamedTuple):
@@ -81,6 +85,20 @@ class Attack(Protocol):
         """Whether it may cost more than `chain_steps` says, and nobody knows how much."""
         ...
 
+    @property
+    def least_classes(self) -> int:
+        """How few classes a model may tell apart."""
+        ...
+
+    @property
+    def models(self) -> tuple[PurifiedClassifier, ...]:
+        """Models besides the defense on which the attacked images depend."""
+        ...
+
+    def check(self, defense: PurifiedClassifier, images: Tensor, classes: int) -> None:
+        """Refuse at once what the attack cannot attack; see `DirectCall.check`."""
+        ...
+
     def chain_steps(self, defense: PurifiedClassifier) -> int:
         """Return the Langevin steps that an image costs which stands to the end."""
         ...
@@ -115,26 +133,135 @@ class DirectCall:
     def open_ended(self) -> bool:
         return False
 
+    @property
+    def least_classes(self) -> int:
+        """How few classes a model may tell apart: what the loss needs."""
+        return int(getattr(getattr(self, "loss", None), "classes", 2))
+
+    @property
+    def models(self) -> tuple[PurifiedClassifier, ...]:
+        """Models besides the defense on which the attacked images depend."""
+        return ()
+
+    def check(self, defense: PurifiedClassifier, images: Tensor, classes: int) -> None:
+        """Refuse at once what this attack cannot attack; nothing long is run.
+
+        Args:
+            defense: what is to be attacked.
+            images: originals `[b, C, H, W]` in [0, 1], b ≥ 1.
+            classes: how many the defense tells apart.
+
+        Raises:
+            UsageError: images or an eps that do not fit the threat model, too few classes for the
+                loss, or no gradient where one is needed.
+        """
+        attack: Attack = self  # type: ignore[assignment]
+        attack.threat.check(images)
+        if classes < self.least_classes:
+            raise UsageError(
+                f"{attack.name} needs a model of {self.least_classes} classes or more, and this "
+                f"one has {classes}; take another loss, such as Margin()."
+            )
+        attack.chain_steps(defense)  # where there is no way back, this says so
+        if needs_gradient(getattr(attack, "gradient", None)):
+            refuse_without_slope(defense, images[:1])
+
     def __call__(
         self,
         model: Callable[[Tensor], Tensor],
-        images: Tensor,
-        labels: Tensor,
+        images: Any,
+        labels: Any = None,
         *,
         seed: int = 0,
     ) -> Tensor:
         """Attack any classifier and return the last iterates `[N, C, H, W]`.
 
+        Args:
+            model: any classifier of [0, 1] images.
+            images: `[N, C, H, W]` in [0, 1], as `read_batch` takes them.
+            labels: true classes `[N]`; None where `images` is a data set or a data loader.
+            seed: of all noise.
+
         Raises:
-            UsageError: images outside [0, 1] or NaN, or labels that do not fit.
+            UsageError: images outside [0, 1] or NaN, labels that do not fit, or what `check`
+                refuses.
         """
-        check_images(images)
-        check_labels(labels, images)
-        run = self.run  # type: ignore[attr-defined]
-        result: Tensor = run(as_defense(model), images, labels, ids=range(len(images)), seed=seed)
-        return result
+        images, labels = read_batch(images, labels)
+        attack: Attack = self  # type: ignore[assignment]
+        defense = as_defense(model)
+        with evaluating(defense, self):
+            if len(images):
+                self.check(defense, images, classes_of(defense, images, labels))
+                defense.check_deterministic(images, again=True)
+            ids, number = range(len(images)), whole(seed, "the seed")
+            return attack.run(defense, images, labels, ids=ids, seed=number)
+
+
+def classes_of(defense: PurifiedClassifier, images: Tensor, labels: Tensor) -> int:
+    """Send one image through a model, and return how many classes it tells apart.
+
+    Raises:
+        UsageError: images that the model cannot take, or labels beyond its classes.
+    """
+    logits = _first_pass(defense, images[:1])
+    classes, highest = logits.shape[1], int(labels.max())
+    if classes < 2 or classes <= highest:
+        raise UsageError(
+            f"the model returned logits of {classes} classes, but the labels go up to {highest}; "
+            "it must return [N, classes], two columns where there are two classes."
+        )
+    return classes
+
+
+def _first_pass(defense: PurifiedClassifier, images: Tensor) -> Tensor:
+    keys = chain_keys(0, "first pass", range(len(images)), range(1))
+    try:
+        with torch.no_grad():
+            return defense.replicate_logits(images, keys)[0]
+    except UsageError:
+        raise
+    except Exception as error:  # a model is anybody's code, and may assert or raise anything
+        raise UsageError(
+            f"the model cannot take {images.dtype} images of shape {tuple(images.shape[1:])}: "
+            f"{_reason(error)}."
+        ) from error
+
+
+def needs_gradient(gradient: Any) -> bool:
+    """Whether a gradient is taken by differentiating the classifier, and not from its scores."""
+    return gradient is not None and not getattr(gradient, "from_scores", False)
+
+
+def refuse_without_slope(defense: PurifiedClassifier, images: Tensor) -> None:
+    """Refuse a classifier that nothing can be differentiated through.
+
+    Raises:
+        UsageError: its logits do not depend on the images, as far as torch knows.
+    """
+    with torch.enable_grad():
+        x = images.detach().clone().requires_grad_()
+        try:
+            logits = defense.classify(x)
+            found = torch.autograd.grad(logits.sum(), x, allow_unused=True)[0]
+        except UsageError:
+            raise
+        except Exception as error:
+            raise UsageError(NO_GRADIENT.format(f" ({_reason(error)})")) from error
+    if found is None:
+        raise UsageError(NO_GRADIENT.format(""))
+
+
+NO_GRADIENT = (
+    "the model has no gradient to attack with{}; use an attack that needs none, such as Square, or "
+    "replace what cannot be differentiated."
+)
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def attack_replicates(replicates: int, defense: PurifiedClassifier) -> range:
-    """Return the replicates an attack draws: one where they would all be the same."""
-    return range(replicates if defense.purifier.stochastic else 1)
+    """Return the replicates an attack draws: one where they were checked to be all the same."""
+    return range(replicates if defense.stochastic else 1)

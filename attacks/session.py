@@ -15,7 +15,7 @@ from ebm_defense.attacks.losses import Loss
 from ebm_defense.attacks.threat import per_image
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
-from ebm_defense.noise import KeyedNoise, chain_keys
+from ebm_defense.noise import KeyedNoise, chain_keys, working_dtype
 
 LOG = logging.getLogger("ebm_defense.attacks")
 
@@ -26,8 +26,8 @@ class QueryResult(NamedTuple):
     Attributes:
         stands: which of the queried images still stand, bool on the images' device.
         loss: `[b]`.
-        gradient: of the loss, `[b, C, H, W]`; zero where none was asked for, and where it was NaN
-            or infinite.
+        gradient: of the loss, `[b, C, H, W]`, in float32 at least; zero where none was asked for,
+            and where it was NaN or infinite.
         logits: `[r, b, classes]`.
     """
 
@@ -72,13 +72,15 @@ class AttackSession:
         replicates: int,
     ) -> None:
         self.defense, self.seed, self.judge = defense, seed, judge
+        defense.check_deterministic(images)
         self.replicates = attack_replicates(replicates, defense)
         self._images, self._labels, self._ids = images, labels, ids
         self.rows = torch.arange(len(images))
         self.queries = 0
         self.found = images.clone()
         self._wrong = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        self._loss = images.new_full((len(images),), -torch.inf)
+        work = working_dtype(images.dtype)
+        self._loss = images.new_full((len(images),), -torch.inf, dtype=work)
         self._warned = False
 
     @property
@@ -89,7 +91,7 @@ class AttackSession:
     @property
     def random(self) -> bool:
         """Whether the defense answers twice differently."""
-        return self.defense.purifier.stochastic
+        return self.defense.stochastic
 
     @property
     def originals(self) -> Tensor:
@@ -118,9 +120,9 @@ class AttackSession:
         refuse_nan(logits, self._standing_ids())
         blind = ~slope.flatten(1).isfinite().all(1)
         self._warn(blind)
-        slope = slope.masked_fill(per_image(blind), 0.0)
+        slope = slope.to(self._loss.dtype).masked_fill(per_image(blind), 0.0)
         with torch.no_grad():
-            value = loss(logits, self.labels)
+            value = loss(logits, self.labels).to(self._loss.dtype)
         cost = len(self.rows) * self._cost(gradient)
         stands = self.judge(Proposal(self.queries, self.rows, x, logits, blind, cost)).cpu()
         self.found[self.rows[~stands]] = x[~stands]

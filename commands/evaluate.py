@@ -277,7 +277,7 @@ def draw_breaks(
     draw_strip(
         purification_rows(defense, originals, adversarial, report.settings["seed"]),
         path,
-        classify=defense.classifier,
+        classify=defense.classify,
         labels=torch.tensor(report.records["label"])[chosen],
         classes=classes,
         title=attack_caption(attack),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from ebm_defense.engine.derivatives import arithmetic
 from ebm_defense.errors import UsageError
 from ebm_defense.images import PROBED, check_images
+from ebm_defense.inputs import as_images
+from ebm_defense.modes import in_eval_mode, modules_of
 from ebm_defense.noise import KeyedNoise, chain_keys, fresh_seed
+from ebm_defense.numbers import whole
+from ebm_defense.outputs import logits_of
 from ebm_defense.precision.classifiers import PAIRS, VERDICT_PRECISIONS, checked_verdicts
 from ebm_defense.precision.findings import versions
 from ebm_defense.precision.names import resolve_precision
@@ -24,6 +29,8 @@ from ebm_defense.purifiers.base import NoPurifier, as_purifier, straight_through
 from ebm_defense.runtime.packing import Packing
 
 VOTE_SMOOTHING = 1e-3
+PASSES, CHECKED = 8, 16
+"""A defense is deterministic if so many passes of up to so many images agree."""
 
 
 def mean_logits(logits: Tensor) -> Tensor:
@@ -64,13 +71,16 @@ AVERAGES: dict[str, Callable[[Tensor], Tensor]] = {
 class PurifiedClassifier(nn.Module):
     """A classifier behind a purifier, averaged over replicates (EOT).
 
-    Its gradient is the purifier's identity (BPDA), so attack libraries work on it as it is.
+    Its gradient is the purifier's identity (BPDA), so attack libraries work on it as it is. Unless
+    it is put in training mode, its parts run in evaluation mode, and keep the modes that they have.
 
     Args:
-        classifier: any `nn.Module` that maps `[N, C, H, W]` in [0, 1] to logits `[N, classes]`;
-            see `normalized` for one that wants other input.
+        classifier: any `nn.Module` that maps `[N, C, H, W]` in [0, 1] to logits `[N, classes]`,
+            by themselves or as `logits_of` finds them in its output; see `normalized` for one that
+            wants other input.
         purifier: a `Purifier`, or any map of images to images.
-        replicates: purifications an image, at least 1; a deterministic purifier needs and uses one.
+        replicates: purifications an image, at least 1; a defense that was checked to be
+            deterministic needs and uses one.
         average: a name in `AVERAGES`.
         max_chains: how many chains run at a time, which bounds memory whatever `replicates` is;
             None for 400 on a CPU, and on a GPU for as many as the free memory holds, measured at
@@ -100,6 +110,8 @@ class PurifiedClassifier(nn.Module):
         verdict_precision: str = "auto",
     ) -> None:
         super().__init__()
+        replicates = whole(replicates, "replicates")
+        max_chains = None if max_chains is None else whole(max_chains, "max_chains")
         if replicates < 1 or (max_chains is not None and max_chains < 1):
             raise UsageError(
                 f"replicates and max_chains must be at least 1, not {replicates} and {max_chains}."
@@ -115,11 +127,13 @@ class PurifiedClassifier(nn.Module):
         self.undefended = classifier if undefended is None else undefended
         self.replicates, self.average = replicates, average
         self.packing = Packing(max_chains)
-        self.seed = fresh_seed() if seed is None else seed
+        self.seed = fresh_seed() if seed is None else whole(seed, "the seed")
         self.calls = 0
         self.verdict_precision = verdict_precision
         self._checked: dict[tuple[Any, ...], str] = {}
-        self.eval()
+        self._same: dict[tuple[Any, ...], bool] = {}
+        # Its own mode: the parts keep theirs, which are the caller's.
+        self.training = False
 
     @property
     def max_chains(self) -> int:
@@ -136,11 +150,61 @@ class PurifiedClassifier(nn.Module):
         Raises:
             UsageError: no float images `[N, C, H, W]`, NaN pixels, or pixels far outside [0, 1].
         """
+        images = as_images(images)
         check_images(images, slack=PROBED)
+        one = self.replicates == 1 or (not self.training and self.check_deterministic(images))
         self.calls += 1
-        replicates = range(self.replicates if self.purifier.stochastic else 1)
+        replicates = range(1 if one else self.replicates)
         keys = chain_keys(self.seed, f"call {self.calls}", range(len(images)), replicates)
         return self.combine(self.replicate_logits(images, keys))
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether two passes may differ: unless they were checked not to, they may."""
+        return self.purifier.stochastic or not self._same.get(self._about(), False)
+
+    def check_deterministic(self, images: Tensor, *, again: bool = False) -> bool:
+        """Find out whether passes of some images `[N, C, H, W]` agree.
+
+        A purifier that says that it is random is believed. Where it says that it is not, or there
+        is none, passes of up to `CHECKED` images are compared, each on other noise; once for all,
+        or `again`, since no one can see from outside whether a classifier has changed.
+        """
+        if self.purifier.stochastic:
+            return False
+        about = self._about()
+        if len(images) and (again or about not in self._same):
+            some = images.detach()[:CHECKED]
+            self._same = {about: self._agrees(some[:1]) and self._agrees(some)}
+        return not self.stochastic
+
+    def bare(self) -> PurifiedClassifier:
+        """Return the undefended classifier as a defense of no purifier, packed as this one is."""
+        bare = PurifiedClassifier(self.undefended, NoPurifier(), 1)
+        bare.packing = self.packing
+        return bare
+
+    def know(self, other: PurifiedClassifier) -> None:
+        """Take over what was found out of a defense of the same parts."""
+        self._same = dict(other._same)
+
+    def _agrees(self, images: Tensor) -> bool:
+        """Whether several passes agree; torch's global generator is put back as it was."""
+        gpus = [images.device] if images.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(gpus):
+            passes = (
+                self.replicate_logits(
+                    images, chain_keys(k, "determinism", range(len(images)), range(1))
+                )
+                for k in range(PASSES)
+            )
+            first = next(passes)
+            return all(torch.equal(first, again) for again in passes)
+
+    def _about(self) -> tuple[Any, ...]:
+        """Return what changes when a part does, or its weights."""
+        parts = id(self.classifier), id(self.purifier)
+        return (*parts, *versions(self.classifier), *versions(self.purifier))
 
     def combine(self, logits: Tensor) -> Tensor:
         """Average replicate logits `[r, b, classes]` to `[b, classes]` by the defense's rule."""
@@ -157,18 +221,19 @@ class PurifiedClassifier(nn.Module):
             `[r, b, C, H, W]`; the gradient to `images` is the identity, summed over replicates.
         """
         keys = keys.to(images.device)
+        prepared = self.purifier.prepared(images.detach())
 
         def purify_some(rows: Tensor, k: Tensor) -> Tensor:
-            return self.purifier.purify(images[rows].detach(), KeyedNoise(k))
+            return self.purifier.purify(prepared[rows], KeyedNoise(k))
 
-        self.packing.measure(purify_some, keys)
-        for attempt in self.packing.tries():
-            with attempt:
-                parts = [images[:0]]
-                for rows, k in self.chunks(keys):
-                    start = images[rows]
-                    ends = self.purifier.purify(start.detach(), KeyedNoise(k))
-                    parts.append(straight_through(start, ends))
+        with in_eval_mode(modules_of(self.purifier)):
+            self.packing.measure(purify_some, keys)
+            for attempt in self.packing.tries():
+                with attempt:
+                    parts = [images[:0]]
+                    for rows, k in self.chunks(keys):
+                        ends = self.purifier.purify(prepared[rows], KeyedNoise(k))
+                        parts.append(straight_through(images[rows], ends.to(images.dtype)))
         return torch.cat(parts).view(*keys.shape, *images.shape[1:])
 
     def classify_replicates(self, purified: Tensor) -> Tensor:
@@ -181,8 +246,13 @@ class PurifiedClassifier(nn.Module):
     def _classify(self, parts: tuple[Tensor, ...]) -> list[Tensor]:
         if torch.is_grad_enabled() and parts[0].requires_grad and len(parts) > 1:
             # Recomputing a chunk's activations keeps memory flat in the number of replicates.
-            return [checkpoint(self.classifier, p, use_reentrant=False) for p in parts]
-        return [self.classifier(p) for p in parts]
+            return [checkpoint(self.classify, p, use_reentrant=False) for p in parts]
+        return [self.classify(p) for p in parts]
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Return the classifier's logits `[N, classes]` of images as they are, unpurified."""
+        with nullcontext() if self.training else in_eval_mode(modules_of(self.classifier)):
+            return logits_of(self.classifier(images), images)
 
     def replicate_logits(self, images: Tensor, keys: Tensor) -> Tensor:
         """Return logits `[r, b, classes]` of images purified with the noise of `keys` `[r, b]`."""
@@ -196,7 +266,7 @@ class PurifiedClassifier(nn.Module):
             if precision != "bf16":
                 return self.classify_replicates(purified)
             with arithmetic(precision, images.device):
-                return self.classify_replicates(purified).to(images.dtype)
+                return self.classify_replicates(purified)
 
     def resolved_verdict_precision(self, images: Tensor) -> str:
         """Return the precision in which verdicts on these images would be passed.
@@ -209,7 +279,7 @@ class PurifiedClassifier(nn.Module):
             return resolve_precision(
                 "fp32" if asked == "auto" else asked, images.device, images.dtype
             )
-        if not self.purifier.stochastic or not len(images):
+        if not self.stochastic or not len(images):
             return "fp32"
         about = (images.device, *versions(self.classifier))
         if about not in self._checked:

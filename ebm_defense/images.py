@@ -28,8 +28,8 @@ def check_images(images: Tensor, *, slack: float = ROUNDING, name: str = "images
     """
     if images.ndim != 4 or not images.is_floating_point():
         raise UsageError(
-            f"{name} must be a float tensor [N, C, H, W], not {images.dtype} of shape "
-            f"{tuple(images.shape)}."
+            f"{name} must be a float tensor [N, C, H, W] in [0, 1], not {images.dtype} of shape "
+            f"{tuple(images.shape)}{_hint(images)}."
         )
     if images.numel() == 0:
         return
@@ -50,6 +50,15 @@ def check_training_images(images: Tensor, labels: Tensor | None = None) -> None:
         check_labels(labels, images)
     if not len(images):
         raise UsageError("there are no training images.")
+
+
+def _hint(images: Tensor) -> str:
+    """Return what would make a batch of images of a tensor, where that is plain."""
+    if images.ndim == 4:
+        return "; divide 8-bit images by 255" if images.dtype == torch.uint8 else ""
+    if images.ndim == 3:
+        return "; add the axis of the batch or of the channel"
+    return ""
 
 
 def check_labels(labels: Tensor, images: Tensor) -> None:

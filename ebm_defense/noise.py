@@ -70,8 +70,9 @@ class GeneratorNoise:
 
     def normal(self, step: int, like: Tensor) -> Tensor:
         device = self.generator.device
-        draw = torch.randn(like.shape, dtype=like.dtype, device=device, generator=self.generator)
-        return draw.to(like.device)
+        work = working_dtype(like.dtype)
+        draw = torch.randn(like.shape, dtype=work, device=device, generator=self.generator)
+        return draw.to(like.device, like.dtype)
 
     def chunk(self, rows: slice) -> GeneratorNoise:
         return self
@@ -121,8 +122,10 @@ class KeyedNoise:
     def uniform(self, step: int, like: Tensor) -> Tensor:
         """Draw `[b, …]` uniform noise in [0, 1) of `like`'s shape for `step`."""
         bits = _moved(self.bits(step, math.prod(like.shape[1:])), like.device)
-        drawn = ((bits >> 40) & 0xFFFFFF).to(like.dtype) * 2.0**-24
-        return drawn.view(like.shape).to(like.device)
+        draws = ((bits >> 40) & 0xFFFFFF).to(working_dtype(like.dtype)) * 2.0**-24
+        # Half precision rounds the largest draws up to 1, which is outside.
+        below_one = 1.0 - torch.finfo(like.dtype).eps / 2.0
+        return draws.to(like.device, like.dtype).clamp_max(below_one).view(like.shape)
 
     def chunk(self, rows: slice) -> KeyedNoise:
         return KeyedNoise(self.keys[rows])
@@ -143,6 +146,11 @@ def chain_keys(seed: int, purpose: str, images: Sequence[int], replicates: range
 def _key(*parts: int | str) -> int:
     text = "\x1f".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the precision in which numbers of a dtype are computed: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def derive_seed(seed: int, purpose: str) -> int:
@@ -181,7 +189,7 @@ def _splitmix(z: Tensor) -> Tensor:
 
 
 def _box_muller(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    work = torch.promote_types(dtype, torch.float32)
+    work = working_dtype(dtype)
     # 32 bits round up to 1.0 in float32, whose logarithm is 0: a valid, never infinite, radius.
     high = ((bits >> 32) & 0xFFFFFFFF).to(work).add_(0.5).mul_(2.0**-32)
     angle = (bits & 0xFFFFFFFF).to(work).mul_(2.0 * math.pi * 2.0**-32)

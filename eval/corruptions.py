@@ -25,10 +25,15 @@ from ebm_defense.eval.judging.check_model import check_model
 from ebm_defense.eval.judging.judge import Stream, draw_logits
 from ebm_defense.eval.judging.statistics import CONFIDENCE, share
 from ebm_defense.eval.reporting.captions import defense_caption
+from ebm_defense.eval.storage.behaviour import behaviour
 from ebm_defense.eval.storage.run_folder import Done, MemoryStore, RunFolder
 from ebm_defense.eval.storage.settings import judge_settings
 from ebm_defense.files import write_text
 from ebm_defense.fingerprint import digest
+from ebm_defense.inputs import read_batch
+from ebm_defense.modes import evaluating
+from ebm_defense.numbers import whole
+from ebm_defense.outputs import logits_of
 
 CLEAN = "none"
 BATCH = 64
@@ -118,8 +123,8 @@ def mean_interval(values: np.ndarray[Any, Any]) -> tuple[float, float, float]:
 
 def evaluate_corruptions(
     model: Callable[[Tensor], Tensor],
-    images: Tensor,
-    labels: Tensor,
+    images: Any,
+    labels: Any = None,
     *,
     corruptions: Sequence[str] | None = None,
     severities: Sequence[int] = SEVERITIES,
@@ -133,8 +138,8 @@ def evaluate_corruptions(
 
     Args:
         model: a `PurifiedClassifier`, or any classifier of [0, 1] images.
-        images: the clean ones, `[N, C, H, W]` in [0, 1].
-        labels: true classes `[N]`.
+        images: the clean ones, `[N, C, H, W]` in [0, 1], as `read_batch` takes them.
+        labels: true classes `[N]`; None where `images` is a data set or a data loader.
         corruptions: names; all fifteen if not given.
         severities: 1 to 5.
         make: gives the corrupted images, such as files hold them; made by `corrupt` if not given.
@@ -147,31 +152,34 @@ def evaluate_corruptions(
         UsageError: no images, an unknown corruption or severity, images the model cannot take, or
             a folder that holds another run.
     """
-    defense = as_defense(model)
+    images, labels = read_batch(images, labels)
+    defense, seed = as_defense(model), whole(seed, "the seed")
     names = list(CORRUPTIONS) if corruptions is None else list(corruptions)
     _check(images, names, severities, made_here=make is None)
-    check_model(defense, images, labels)
-    draws = defense.replicates if replicates is None else replicates
-    settings = {
-        "kind": "corruptions",
-        "seed": seed,
-        "replicates": draws,
-        "corruptions": names,
-        "severities": list(severities),
-        "source": source,
-        "defense": judge_settings(defense, images),
-        "data": {"images": len(images), "sha256": digest([images, labels])},
-    }
-    cells = [(name, severity) for name in names for severity in severities]
-    if make is None:
-        cells, make = [(CLEAN, 0), *cells], _maker(images, labels, seed)
-    measured = partial(_measure, defense, make, draws=draws, seed=seed)
-    if out is None:
-        return _report(cells, measured, MemoryStore(), settings)
-    with RunFolder(out, settings, {"images": images, "labels": labels}).claimed() as folder:
-        report = _report(cells, measured, folder, settings)
-        report.save(folder.path)
-    return report
+    with evaluating(defense):
+        check_model(defense, images, labels)
+        draws = defense.replicates if replicates is None else whole(replicates, "replicates")
+        settings = {
+            "kind": "corruptions",
+            "seed": seed,
+            "replicates": draws,
+            "corruptions": names,
+            "severities": list(severities),
+            "source": source,
+            "defense": judge_settings(defense, images),
+            "data": {"images": len(images), "sha256": digest([images, labels])},
+        }
+        cells = [(name, severity) for name in names for severity in severities]
+        if make is None:
+            cells, make = [(CLEAN, 0), *cells], _maker(images, labels, seed)
+        measured = partial(_measure, defense, make, draws=draws, seed=seed)
+        if out is None:
+            return _report(cells, measured, MemoryStore(), settings)
+        data, answers = {"images": images, "labels": labels}, behaviour(defense, images)
+        with RunFolder(out, settings, data, behaviour=answers).claimed() as folder:
+            report = _report(cells, measured, folder, settings)
+            report.save(folder.path)
+        return report
 
 
 def _report(
@@ -231,7 +239,7 @@ def _measure(
         logits = draw_logits(defense, images, ids, stream)
         refuse_nan(logits, ids)
         with torch.no_grad():
-            undefended = bare(images).argmax(-1) == labels
+            undefended = logits_of(bare(images), images).argmax(-1) == labels
         right = defense.combine(logits).argmax(-1) == labels
         parts.append(
             pd.DataFrame(

@@ -25,10 +25,13 @@ from ebm_defense.eval.protocols.protocol import Protocol, Through, get_protocol
 from ebm_defense.eval.reporting.flags import log_flags
 from ebm_defense.eval.reporting.report import Report, report_of
 from ebm_defense.eval.runner import Job, planned_steps, run
+from ebm_defense.eval.storage.behaviour import behaviour
 from ebm_defense.eval.storage.run_folder import MemoryStore, RunFolder
 from ebm_defense.eval.storage.settings import settings_of
 from ebm_defense.eval.workers import ALONE, Workers
-from ebm_defense.images import check_images, check_labels
+from ebm_defense.inputs import read_batch
+from ebm_defense.modes import evaluating
+from ebm_defense.numbers import whole
 
 DEFAULT_PROTOCOL = "quick"
 DEFAULT_JUDGE_REPLICATES = 150
@@ -36,8 +39,8 @@ DEFAULT_JUDGE_REPLICATES = 150
 
 def evaluate(
     model: Callable[[Tensor], Tensor],
-    images: Tensor,
-    labels: Tensor,
+    images: Any,
+    labels: Any = None,
     protocol: str | Protocol | None = None,
     *,
     attacks: Sequence[Attack] | None = None,
@@ -50,8 +53,8 @@ def evaluate(
 
     Args:
         model: a `PurifiedClassifier`, or any classifier of [0, 1] images.
-        images: `[N, C, H, W]` float in [0, 1].
-        labels: true classes `[N]`.
+        images: `[N, C, H, W]` float in [0, 1], as `read_batch` takes them.
+        labels: true classes `[N]`; None where `images` is a data set or a data loader.
         protocol: a name in `PROTOCOLS` or a `Protocol`; "quick" unless `attacks` are given.
         attacks: attacks instead of the protocol's.
         judge_replicates: fresh draws of a verification instead of the protocol's (150 if there is
@@ -68,34 +71,38 @@ def evaluate(
             setting out of range, a folder that cannot be written, is in use or holds another run.
         LostWorkerError: another process of this run died.
     """
-    check_images(images)
-    check_labels(labels, images)
+    images, labels = read_batch(images, labels)
     if not len(images):
         raise UsageError("there are no images to evaluate.")
     defense = as_defense(model)
-    check_model(defense, images, labels)
-    chosen = _protocol(
-        protocol, attacks, judge_replicates, partial(fitting_gradient, defense, images)
-    )
-    job = Job(defense=defense, images=images, labels=labels, protocol=chosen, seed=seed)
-    settings = settings_of(defense, images, labels, chosen, seed)
+    with evaluating(defense, protocol, attacks):
+        classes = check_model(defense, images, labels)
+        through = partial(fitting_gradient, defense, images)
+        chosen = _protocol(protocol, attacks, judge_replicates, through).fitting(classes)
+        number = whole(seed, "the seed")
+        job = Job(defense=defense, images=images, labels=labels, protocol=chosen, seed=number)
+        job.check(classes)
+        report = _evaluated(job, out, workers)
+    log_flags(report.flags)
+    return report
+
+
+def _evaluated(job: Job, out: str | Path | None, workers: Workers) -> Report:
+    settings = settings_of(job.defense, job.images, job.labels, job.protocol, job.seed)
     settings["budget"] = {"chain_steps_an_image": planned_steps(job)}
     if workers.parts > 1:
         settings["shard"] = f"{workers.part}/{workers.parts}"
-    if out is None:
-        report = report_of(
-            run(job, MemoryStore(), workers), settings, chosen, images, _sanity_checks(job)
-        )
-    else:
-        report = _kept(job, settings, out, workers)
-    log_flags(report.flags)
-    return report
+    if out is not None:
+        return _kept(job, settings, out, workers)
+    done = run(job, MemoryStore(), workers)
+    return report_of(done, settings, job.protocol, job.images, _sanity_checks(job))
 
 
 def _kept(job: Job, settings: dict[str, Any], out: str | Path, workers: Workers) -> Report:
     """Run a job in its folder; the process that leads writes the end."""
     data = {"images": job.images, "labels": job.labels}
-    with RunFolder(out, settings, data, workers).claimed() as folder:
+    answers = behaviour(job.defense, job.images, job.protocol.attacks)
+    with RunFolder(out, settings, data, workers, answers).claimed() as folder:
         done = run(job, folder, workers)
         sanity_checks = _sanity_checks(job) if workers.leads else None
         report = report_of(done, settings, job.protocol, job.images, sanity_checks)

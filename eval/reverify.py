@@ -26,7 +26,9 @@ from ebm_defense.eval.reporting.report import Report, attack_title
 from ebm_defense.eval.runner import SHARD, attack_column
 from ebm_defense.eval.storage.settings import judge_settings
 from ebm_defense.files import write_text
+from ebm_defense.modes import evaluating
 from ebm_defense.noise import derive_seed
+from ebm_defense.numbers import whole
 
 NAME = re.compile(r"verification-(\d+)\.toml")
 
@@ -125,23 +127,14 @@ def reverify(
     Raises:
         UsageError: images that the model cannot take, or replicates below 1.
     """
-    defense = as_defense(model)
-    draws = report.protocol.judge_replicates if replicates is None else replicates
+    draws = whole(report.protocol.judge_replicates if replicates is None else replicates, "draws")
     if draws < 1:
         raise UsageError(f"replicates must be at least 1, not {draws}.")
-    if seed is None:
-        seed = derive_seed(report.settings["seed"], f"verification {number}")
-    device = next(defense.parameters(), torch.empty(0)).device
-    labels = torch.tensor(report.records["label"].to_numpy(copy=True), device=device)
-    check_model(defense, report.originals.to(device), labels)
-    records = report.records[["image", "label"]].copy()
-    for name, images, before in judged(report):
-        stream = Stream(seed, f"verification {name}", draws)
-        right, votes = _judge(defense, images.to(device), labels, records["image"], stream)
-        records[f"{name}: before"] = before.astype(int).to_numpy()
-        records[f"{name}: after"] = right.int().tolist()
-        records[f"{name}: votes"] = votes.tolist()
-    judge = judge_settings(defense, report.originals.to(device))
+    own = derive_seed(report.settings["seed"], f"verification {number}")
+    seed = own if seed is None else whole(seed, "the seed")
+    defense = as_defense(model)
+    with evaluating(defense):
+        records, judge = _verified(report, defense, draws, seed)
     same = judge["weights"] == report.settings["defense"]["weights"]
     settings = {
         "seed": seed,
@@ -150,6 +143,24 @@ def reverify(
         **judge,
     }
     return Verification(settings=settings, records=records, attacks=_titles(report))
+
+
+def _verified(
+    report: Report, defense: PurifiedClassifier, draws: int, seed: int
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Return the records of a second judgement, and the settings of who judged."""
+    device = next(defense.parameters(), torch.empty(0)).device
+    originals = report.originals.to(device)
+    labels = torch.tensor(report.records["label"].to_numpy(copy=True), device=device)
+    check_model(defense, originals, labels)
+    records = report.records[["image", "label"]].copy()
+    for name, images, before in judged(report):
+        stream = Stream(seed, f"verification {name}", draws)
+        right, votes = _judge(defense, images.to(device), labels, records["image"], stream)
+        records[f"{name}: before"] = before.astype(int).to_numpy()
+        records[f"{name}: after"] = right.int().tolist()
+        records[f"{name}: votes"] = votes.tolist()
+    return records, judge_settings(defense, originals)
 
 
 def judged(report: Report) -> list[tuple[str, Tensor, pd.Series[Any]]]:

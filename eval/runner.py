@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import pandas as pd
@@ -104,13 +104,23 @@ class Job:
         """Return a stream of this job's own, for one purpose."""
         return Stream(self.seed, purpose, replicates, meter.count)
 
-    @property
+    def check(self, classes: int) -> None:
+        """Refuse, before any long work, attacks that cannot attack a model of so many classes.
+
+        Raises:
+            UsageError: what an attack's own `check` refuses.
+        """
+        for attack in self.protocol.attacks:
+            attack.check(self.defense, self.images, classes)
+
+    @cached_property
     def bare(self) -> PurifiedClassifier | None:
         """The undefended classifier beside a defended one; None where nothing is defended."""
         if isinstance(self.defense.purifier, NoPurifier):
             return None
-        chains = self.defense.max_chains
-        return PurifiedClassifier(self.defense.undefended, NoPurifier(), 1, max_chains=chains)
+        bare = self.defense.bare()
+        bare.check_deterministic(self.images)
+        return bare
 
 
 def planned_steps(job: Job) -> int:
@@ -252,7 +262,7 @@ def attack_column(number: int, attack: Attack) -> str:
 
 def _undefended(job: Job, bare: PurifiedClassifier, part: Part, meter: Meter) -> Columns:
     with torch.no_grad():
-        right = bare.classifier(part.images).argmax(-1) == part.labels
+        right = bare.classify(part.images).argmax(-1) == part.labels
     attack = job.protocol.attacks[-1].direct
     judge = _judge(job, part, "undefended", attack.threat, meter, defense=bare)
     judge.strike((~right).nonzero().flatten())

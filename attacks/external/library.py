@@ -251,7 +251,7 @@ def _raise_if_out_of_memory(error: Exception) -> None:
 
 def plain_view(defense: PurifiedClassifier, replicates: int, seed: int) -> PurifiedClassifier:
     """Return a defense of the same parts that draws from a seed and a call counter of its own."""
-    return PurifiedClassifier(
+    view = PurifiedClassifier(
         defense.classifier,
         defense.purifier,
         replicates,
@@ -260,6 +260,8 @@ def plain_view(defense: PurifiedClassifier, replicates: int, seed: int) -> Purif
         seed=seed,
         undefended=defense.undefended,
     )
+    view.know(defense)
+    return view
 
 
 @contextmanager
@@ -302,4 +304,4 @@ def not_installed(library: str, package: str) -> UsageError:
 def classes_count(model: PurifiedClassifier, images: Tensor) -> int:
     """Return how many classes a defense tells apart."""
     with torch.no_grad():
-        return int(model.classifier(images[:1]).shape[-1])
+        return int(model.classify(images[:1]).shape[-1])

@@ -69,6 +69,7 @@ class OneShotAttack(DirectCall):
     ) -> Tensor:
         if not len(images):
             return images.clone()
+        defense.check_deterministic(images)
         crafted = self.craft(defense, images, labels, ids=ids, seed=seed)
         x = self.threat.project(crafted.images.detach().to(images), images)
         keys = chain_keys(seed, "final look", ids, attack_replicates(self.replicates, defense))

@@ -63,6 +63,20 @@ class Transfer(OneShotAttack):
     def open_ended(self) -> bool:
         return self.attack.open_ended
 
+    @property
+    def least_classes(self) -> int:
+        return self.attack.least_classes
+
+    @property
+    def models(self) -> tuple[PurifiedClassifier, ...]:
+        named = isinstance(self.source, str)
+        own = () if named else (as_defense(self.source),)  # type: ignore[arg-type]
+        return *own, *self.attack.models
+
+    def check(self, defense: PurifiedClassifier, images: Tensor, classes: int) -> None:
+        super().check(defense, images, classes)
+        self.attack.check(self._model(defense), images, classes)
+
     def chain_steps(self, defense: PurifiedClassifier) -> int:
         return super().chain_steps(defense) + self.attack.chain_steps(self._model(defense))
 

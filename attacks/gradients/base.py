@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ebm_defense.attacks.base import NO_GRADIENT
 from ebm_defense.attacks.losses import Loss
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
@@ -83,13 +84,15 @@ class VjpGradient:
     ) -> GradientEstimate:
         purified, vjp = self.purify(defense, images, keys)
         cotangent, logits = at_purified(defense, purified, labels, loss)
-        return GradientEstimate(vjp(cotangent).sum(0), logits)
+        return GradientEstimate(scaled_vjp(vjp, cotangent).sum(0), logits)
 
 
 def at_purified(
     defense: PurifiedClassifier, purified: Tensor, labels: Tensor, loss: Loss
 ) -> tuple[Tensor, Tensor]:
     """Return the loss's gradient at purified replicates `[r, b, C, H, W]`, and their logits.
+
+    The gradient has the logits' dtype, float32 at least.
 
     Raises:
         UsageError: the classifier has no gradient.
@@ -98,11 +101,38 @@ def at_purified(
         purified = purified.detach().requires_grad_()
         logits = defense.classify_replicates(purified)
         if not logits.requires_grad:
-            raise UsageError(
-                "the model has no gradient to attack with; use an attack that needs none."
-            )
-        (gradient,) = torch.autograd.grad(loss(logits, labels).sum(), purified)
-    return gradient, logits.detach()
+            raise UsageError(NO_GRADIENT.format(""))
+        seen = logits.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(loss(seen, labels).sum(), seen)
+
+        def vjp(cotangent: Tensor) -> Tensor:
+            (gradient,) = torch.autograd.grad(logits, purified, cotangent)
+            return gradient
+
+        return scaled_vjp(vjp, slope), seen.detach()
+
+
+def scaled_vjp(vjp: Callable[[Tensor], Tensor], cotangent: Tensor) -> Tensor:
+    """Return `vjp(cotangent)`, a linear map of every image's cotangent, without underflow.
+
+    In float16, of images or inside a model, the gradients of a confident classifier would be 0 and
+    the attack blind; so each image's cotangent goes back near 1, scaled by a power of two, which
+    changes no digit of what does not underflow.
+
+    Args:
+        vjp: maps `[r, b, …]` to `[r, b, …]`.
+        cotangent: `[r, b, …]`, in float32 at least.
+    """
+    size = cotangent.abs().flatten(2).amax((0, 2))
+    power = torch.frexp(size.nan_to_num(1.0, 1.0)).exponent
+    scale = torch.ldexp(torch.ones_like(size), power)
+    pulled = vjp(cotangent / _of_image(scale, cotangent))
+    return pulled.to(cotangent.dtype) * _of_image(scale, pulled)
+
+
+def _of_image(values: Tensor, like: Tensor) -> Tensor:
+    """Shape one value an image `[b]` as replicates `[r, b, …]` are."""
+    return values.view(-1, *[1] * (like.ndim - 2))
 
 
 @dataclass(frozen=True, kw_only=True)

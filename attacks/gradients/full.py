@@ -16,7 +16,7 @@ from ebm_defense.attacks.gradients.curvature import LentCurvature
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.engine.derivatives import PRODUCT_PRECISIONS, arithmetic, vjp
 from ebm_defense.errors import UsageError
-from ebm_defense.noise import KeyedNoise
+from ebm_defense.noise import KeyedNoise, working_dtype
 from ebm_defense.purifiers.base import Purifier, SteppedPurifier
 
 PRODUCT_COST = 2.5
@@ -80,11 +80,12 @@ class ChainGradient(VjpGradient):
             UsageError: the purifier has no gradient; or, on the way back, a replay mismatch.
         """
         refuse_without_gradient(defense.purifier)
-        size = keys.numel() * math.prod(images.shape[1:]) * images.element_size()
-        chunks = defense.chunks(keys.to(images.device))
+        start = images.detach().to(working_dtype(images.dtype))
+        size = keys.numel() * math.prod(start.shape[1:]) * start.element_size()
+        chunks = defense.chunks(keys.to(start.device))
         with torch.no_grad():
             parts = [
-                self.differentiate(defense.purifier, images[rows].detach(), KeyedNoise(k), size)
+                self.differentiate(defense.purifier, start[rows], KeyedNoise(k), size)
                 for rows, k in chunks
             ]
 
@@ -93,7 +94,7 @@ class ChainGradient(VjpGradient):
             pairs = zip(parts, flat.split([len(rows) for rows, _ in chunks]), strict=True)
             return torch.cat([flat[:0], *(p.vjp(c) for p, c in pairs)]).view_as(cotangent)
 
-        flat = torch.cat([images[:0].detach(), *(p.images for p in parts)])
+        flat = torch.cat([start[:0], *(p.images for p in parts)]).to(images.dtype)
         return Purified(flat.view(*keys.shape, *images.shape[1:]), step_vjp)
 
     def differentiate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from ebm_defense.attacks.gradients.base import GradientEstimate
 from ebm_defense.attacks.losses import Loss
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
-from ebm_defense.noise import KeyedNoise
+from ebm_defense.noise import KeyedNoise, working_dtype
 
 BEYOND = 1 << 40  # a step of the keys' noise that no chain reaches
 
@@ -38,6 +39,7 @@ class ScoreFree:
     delta: float = 0.01
 
     name: str = "SPSA"
+    from_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -56,14 +58,14 @@ class ScoreFree:
         loss: Loss,
     ) -> GradientEstimate:
         keys = keys.to(images.device)
-        total = torch.zeros_like(images)
+        total = torch.zeros_like(images, dtype=working_dtype(images.dtype))
         # As many pairs at a time as the defense runs chains at a time.
         pairs = max(1, defense.max_chains // max(keys.numel(), 1))
         with torch.no_grad():
             logits = defense.replicate_logits(images, keys)
             for first in range(0, self.samples, pairs):
                 chunk = range(first, min(first + pairs, self.samples))
-                signs = torch.stack([_signs(keys, s, images) for s in chunk])
+                signs = torch.stack([_signs(keys, s, total) for s in chunk])
                 slopes = self._slopes(defense, images, labels, _keys(keys, chunk), loss, signs)
                 total += (slopes * signs).sum(0)
         return GradientEstimate(total / self.samples, logits)
@@ -80,7 +82,7 @@ class ScoreFree:
         """Return the slopes `[s, b, 1, 1, 1]` along `signs` `[s, b, C, H, W]`."""
 
         def losses(step: float) -> Tensor:
-            moved = (images + step * signs).flatten(0, 1)
+            moved = (images + step * signs).flatten(0, 1).to(images.dtype)
             logits = defense.replicate_logits(moved, keys).unflatten(1, signs.shape[:2])
             # A sample at a time, since a targeted loss holds one target an image.
             return torch.stack([loss(sample, labels) for sample in logits.unbind(1)])

@@ -13,7 +13,7 @@ from ebm_defense.attacks.gradients.base import Gradient
 from ebm_defense.attacks.losses import Loss
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
-from ebm_defense.images import check_images, check_labels
+from ebm_defense.inputs import read_batch
 from ebm_defense.noise import chain_keys
 
 
@@ -59,14 +59,14 @@ def eot_signal(
         UsageError: a deterministic defense, no images, replicates below 1, or a gradient that this
             defense does not have.
     """
-    check_images(images)
-    check_labels(labels, images)
+    images, labels = read_batch(images, labels)
     if not len(images) or min(replicates, default=0) < 1:
         raise UsageError(
             "the signal needs images and replicates of at least 1, not "
             f"{len(images)} and {list(replicates)}."
         )
-    if not defense.purifier.stochastic:
+    defense.check_deterministic(images, again=True)
+    if not defense.stochastic:
         raise UsageError("this defense is deterministic: its gradient has no noise to measure.")
     gradient.chain_steps(defense)
 

@@ -105,7 +105,7 @@ class AutoPGD(SessionAttack):
 
     def chain_steps(self, defense: PurifiedClassifier) -> int:
         draws = len(attack_replicates(self.replicates, defense))
-        again = len(self._reviews) if defense.purifier.stochastic else 0
+        again = len(self._reviews) if defense.stochastic else 0
         climbing = (self.steps + again) * self._source.chain_steps(defense, draws)
         return self.runs * (climbing + self._query_steps(defense))
 

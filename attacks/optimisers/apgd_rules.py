@@ -141,8 +141,9 @@ def glide(climb: Climb, origin: Tensor, threat: ThreatModel, step: int) -> Climb
     """Take one step with momentum (Croce and Hein 2020, algorithm 1, lines 7 and 8)."""
     inertia = INERTIA if step > 1 else 1.0
     z = threat.step(climb.x, origin, climb.gradient, per_image(climb.size))
-    moved = inertia * (z - climb.x) + (1.0 - inertia) * (climb.x - climb.before)
-    return climb._replace(x=threat.project(climb.x + moved, origin), before=climb.x)
+    z, x, before = (at.to(climb.gradient) for at in (z, climb.x, climb.before))
+    moved = inertia * (z - x) + (1.0 - inertia) * (x - before)
+    return climb._replace(x=threat.project(x + moved, origin), before=climb.x)
 
 
 def windows(steps: int) -> dict[int, int]:

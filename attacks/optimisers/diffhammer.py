@@ -16,6 +16,7 @@ from ebm_defense.attacks.gradients.base import (
     Identity,
     VjpGradient,
     at_purified,
+    scaled_vjp,
 )
 from ebm_defense.attacks.losses import Loss, Margin
 from ebm_defense.attacks.optimisers.apgd import APGD
@@ -71,7 +72,7 @@ class Selective:
         agreed = agreement(losses, slopes, begun, self.threat, self.sharpness)
         own = keys[begun.to(keys.device), torch.arange(keys.shape[1])][None]
         _, vjp = self.gradient.purify(defense, images, own)
-        return GradientEstimate(vjp(agreed[None])[0], logits)
+        return GradientEstimate(scaled_vjp(vjp, agreed[None])[0], logits)
 
 
 def each_loss(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ebm_defense.attacks.optimisers.ascent import Ascent, Memory
 from ebm_defense.attacks.threat import per_image
 from ebm_defense.errors import UsageError
+from ebm_defense.noise import working_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class PGD(Ascent):
         return f"MI-{super().name}" if self.momentum else super().name
 
     def remember(self, x: Tensor) -> Memory:
-        return (torch.zeros_like(x),)
+        return (torch.zeros_like(x, dtype=working_dtype(x.dtype)),)
 
     def move(
         self, x: Tensor, origin: Tensor, gradient: Tensor, memory: Memory, step: int

@@ -12,6 +12,7 @@ from ebm_defense.attacks.gradients.score_free import ScoreFree
 from ebm_defense.attacks.losses import Loss, Margin
 from ebm_defense.attacks.optimisers.ascent import Ascent, Memory
 from ebm_defense.errors import UsageError
+from ebm_defense.noise import working_dtype
 
 DECAYS = (0.9, 0.999)  # Adam's, as published
 ADAM_EPS = 1e-8
@@ -42,7 +43,8 @@ class SPSA(Ascent):
             )
 
     def remember(self, x: Tensor) -> Memory:
-        return torch.zeros_like(x), torch.zeros_like(x)
+        nothing = torch.zeros_like(x, dtype=working_dtype(x.dtype))
+        return nothing, nothing
 
     def move(
         self, x: Tensor, origin: Tensor, gradient: Tensor, memory: Memory, step: int

@@ -18,7 +18,7 @@ from ebm_defense.attacks.session import AttackSession, QueryResult, SessionAttac
 from ebm_defense.attacks.threat import ThreatModel, per_image
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
-from ebm_defense.noise import KeyedNoise
+from ebm_defense.noise import KeyedNoise, working_dtype
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 SCHEDULED = 10_000  # queries that the halvings were made for
@@ -28,6 +28,11 @@ def width(query: int, p: float, pixels: int) -> int:
     """Return how wide a square query number `query`, from 0, would change in so many pixels."""
     share = p / 2.0 ** sum(query > at for at in HALVINGS)
     return round(math.sqrt(share * pixels))
+
+
+def _exact(x: Tensor) -> Tensor:
+    """Return x in the precision in which it is computed with."""
+    return x.to(working_dtype(x.dtype))
 
 
 class Incumbent(NamedTuple):
@@ -115,7 +120,7 @@ class Square(SessionAttack):
 
     def chain_steps(self, defense: PurifiedClassifier) -> int:
         draws = len(attack_replicates(self.replicates, defense))
-        again = self._reviews if defense.purifier.stochastic else 0
+        again = self._reviews if defense.stochastic else 0
         return (1 + self.steps + again) * draws * defense.purifier.chain_steps
 
     def pursue(self, session: AttackSession) -> None:
@@ -135,7 +140,7 @@ class Square(SessionAttack):
     def _first(self, session: AttackSession) -> Incumbent:
         """Query the first perturbation."""
         noise, origin = session.noise("squares"), session.originals
-        delta = self._proposals.first(origin, self.threat.eps, noise)
+        delta = self._proposals.first(_exact(origin), self.threat.eps, noise)
         x = self.threat.project(origin + delta, origin)
         seen = self._query(session, x)
         return Incumbent(x[seen.stands], seen.loss, noise.keys[seen.stands])
@@ -143,7 +148,7 @@ class Square(SessionAttack):
     def _challenger(self, session: AttackSession, incumbent: Incumbent, query: int) -> Tensor:
         """Return the incumbents with one square changed."""
         origin, noise = session.originals, KeyedNoise(incumbent.keys)
-        delta, side = incumbent.x - origin, self._side(query, origin)
+        delta, side = _exact(incumbent.x) - _exact(origin), self._side(query, origin)
         # Draws of number 0 are those of the first perturbation.
         changed = self._proposals.change(delta, side, self.threat.eps, query + 1, noise)
         return self.threat.project(origin + changed, origin)

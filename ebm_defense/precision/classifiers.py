@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_defense.engine.derivatives import arithmetic
+from ebm_defense.outputs import logits_of
 from ebm_defense.precision.chains import share_margin
 from ebm_defense.precision.findings import keep, key_of, look_up
 from ebm_defense.precision.names import resolve_precision
@@ -95,4 +96,4 @@ def compare(classifier: nn.Module, images: Tensor) -> Agreement:
 
 
 def _classes(classifier: nn.Module, images: Tensor) -> Tensor:
-    return torch.cat([classifier(x).argmax(-1) for x in images.split(PAIRS)])
+    return torch.cat([logits_of(classifier(x), x).argmax(-1) for x in images.split(PAIRS)])

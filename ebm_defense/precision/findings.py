@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ebm_defense.files import atomic
+from ebm_defense.fingerprint import raw_bytes
 
 SHOWN = "findings.json"
 F = TypeVar("F")
@@ -26,9 +27,8 @@ _log = logging.getLogger("ebm_defense")
 def key_of(network: nn.Module, device: torch.device, **about: Any) -> str:
     """Return what a finding is about: weights, network, kind of device, and what else is named."""
     weights = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        weights.update(name.encode() + plain.tobytes())
+    for name, value in sorted(network.state_dict().items()):
+        weights.update(name.encode() + raw_bytes(value))
     parts = about | {
         "weights": weights.hexdigest(),
         "network": repr(network),

@@ -15,8 +15,10 @@ from ebm_defense.engine import Curvature, Energy, prepare_product
 from ebm_defense.engine.derivatives import hessian_product, vjp
 from ebm_defense.errors import UsageError
 from ebm_defense.images import PROBED, check_images
+from ebm_defense.inputs import as_images
 from ebm_defense.langevin import LangevinSettings, Trace, run_chain
-from ebm_defense.noise import GeneratorNoise, KeyedNoise, Noise, fresh_seed
+from ebm_defense.modes import in_eval_mode, modules_of
+from ebm_defense.noise import GeneratorNoise, KeyedNoise, Noise, fresh_seed, working_dtype
 from ebm_defense.precision.chains import checked_precision
 from ebm_defense.precision.findings import versions
 from ebm_defense.precision.names import PRECISIONS, resolve_precision
@@ -61,7 +63,7 @@ class Purifier(nn.Module):
     differentiable: bool = False
 
     def purify(self, images: Tensor, noise: Noise) -> Tensor:
-        """Purify `[b, C, H, W]` images, which carry no gradient, with this noise."""
+        """Purify `[b, C, H, W]` images, in float32 or float64 and without a gradient."""
         raise NotImplementedError
 
     def forward(
@@ -84,11 +86,18 @@ class Purifier(nn.Module):
         Raises:
             UsageError: no float images `[N, C, H, W]`, NaN pixels, or pixels far outside [0, 1].
         """
+        images = as_images(images)
         check_images(images, slack=PROBED)
         if noise is None:
             generator = generator or torch.Generator().manual_seed(fresh_seed())
             noise = GeneratorNoise(generator)
-        return straight_through(images, self.purify(images.detach(), noise))
+        with in_eval_mode(modules_of(self)):
+            purified = self.purify(self.prepared(images.detach()), noise)
+        return straight_through(images, purified.to(images.dtype))
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """Return images as `purify` wants them: half precision in float32."""
+        return images.to(working_dtype(images.dtype))
 
 
 class SteppedPurifier(Purifier):
@@ -351,16 +360,20 @@ class ForeignPurifier(Purifier):
         super().__init__()
         self.transform = transform
 
+    def prepared(self, images: Tensor) -> Tensor:
+        return images  # it knows in which precision it runs
+
     def purify(self, images: Tensor, noise: Noise) -> Tensor:
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(_seed_from(noise, images))
             purified = self.transform(images.clone())
-        if purified.shape != images.shape:
+        if getattr(purified, "shape", None) != images.shape:
             raise UsageError(
                 f"a purifier must keep the images' shape {tuple(images.shape)}, but this one "
-                f"returned {tuple(purified.shape)}."
+                f"returned {tuple(getattr(purified, 'shape', ())) or type(purified).__name__}."
             )
-        return purified
+        purified = torch.as_tensor(purified, device=images.device, dtype=images.dtype)
+        return purified.clone() if purified.is_inference() else purified
 
 
 def _seed_from(noise: Noise, images: Tensor) -> int:

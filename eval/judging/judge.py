@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,11 @@ from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.judging.check_model import check_model
 from ebm_defense.eval.judging.rules import Rule, Ruling, TwoStage
-from ebm_defense.images import check_images, check_labels
+from ebm_defense.images import check_images
+from ebm_defense.inputs import read_batch, read_images
+from ebm_defense.modes import evaluating
 from ebm_defense.noise import chain_keys
+from ebm_defense.numbers import whole
 
 STANDS = -1
 Count = Callable[[int], None]
@@ -224,9 +227,9 @@ def draw_logits(
 
 def judge_images(
     model: Callable[[Tensor], Tensor],
-    originals: Tensor,
-    adversarial: Tensor,
-    labels: Tensor,
+    originals: Any,
+    adversarial: Any,
+    labels: Any = None,
     *,
     threat: ThreatModel,
     replicates: int = 150,
@@ -238,9 +241,9 @@ def judge_images(
 
     Args:
         model: any classifier of [0, 1] images.
-        originals: `[N, C, H, W]` in [0, 1].
+        originals: `[N, C, H, W]` in [0, 1], as `read_batch` takes them.
         adversarial: likewise; projected onto the threat model first.
-        labels: true classes `[N]`.
+        labels: true classes `[N]`; None where `originals` is a data set or a data loader.
         threat: what the attacker was allowed.
         replicates: fresh draws a verification, at most.
         screen: draws of the first look.
@@ -250,27 +253,29 @@ def judge_images(
     Raises:
         UsageError: images outside [0, 1] or NaN, shapes that differ, or replicates below 1.
     """
-    check_images(originals, name="originals")
-    check_images(adversarial, name="adversarial images")
-    check_labels(labels, originals)
+    originals, labels = read_batch(originals, labels)
+    adversarial = read_images(adversarial, name="adversarial images").to(originals)
+    replicates, screen = whole(replicates, "replicates"), whole(screen, "screen")
     if adversarial.shape != originals.shape or min(replicates, screen) < 1:
         raise UsageError("adversarial images must match the originals, and replicates be ≥ 1.")
     defense = as_defense(model)
-    if len(labels):
-        check_model(defense, originals, labels)
-    ids = range(len(labels))
-    judge = Judge(
-        defense,
-        originals,
-        labels,
-        ids=ids,
-        threat=threat,
-        replicates=replicates,
-        seed=seed,
-        purpose="judge",
-        rule=rule,
-    )
-    projected = threat.project(adversarial, originals)
-    logits = draw_logits(defense, projected, ids, Stream(seed, "screen", screen))
-    judge(Proposal(0, torch.arange(len(labels)), projected, logits))
-    return judge.verdict
+    ids, seed = range(len(labels)), whole(seed, "the seed")
+    with evaluating(defense):
+        if len(labels):
+            check_model(defense, originals, labels)
+            threat.check(originals)
+        judge = Judge(
+            defense,
+            originals,
+            labels,
+            ids=ids,
+            threat=threat,
+            replicates=replicates,
+            seed=seed,
+            purpose="judge",
+            rule=rule,
+        )
+        projected = threat.project(adversarial, originals)
+        logits = draw_logits(defense, projected, ids, Stream(seed, "screen", screen))
+        judge(Proposal(0, torch.arange(len(labels)), projected, logits))
+        return judge.verdict

@@ -118,7 +118,7 @@ def run_sanity_checks(
     with torch.no_grad():
         first, again = (defense.replicate_logits(images, keys) for _ in range(2))
     return SanityChecks(
-        stochastic=defense.purifier.stochastic,
+        stochastic=defense.stochastic,
         probabilities=_probabilities(first),
         classes=first.shape[-1],
         replay=_gap(first, again),
@@ -224,7 +224,9 @@ class _Inspector:
             gradient=self.gradient,
             **UNBOUNDED,  # type: ignore[arg-type]
         )
-        x = attack(self.defense, self.images, self.labels, seed=self.seed)
+        # `run`, not a call: what this attack cannot attack was refused before.
+        ids = range(len(self.images))
+        x = attack.run(self.defense, self.images, self.labels, ids=ids, seed=self.seed)
         stream = Stream(self.seed, "unbounded", JUDGED)
         logits = draw_logits(self.defense, x, range(len(x)), stream)
         return int((self.defense.combine(logits).argmax(-1) == self.labels).sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -26,7 +27,9 @@ from ebm_defense.eval.protocols.presets import (
 )
 from ebm_defense.eval.storage.plain import build, describe
 from ebm_defense.files import writable_folder, write_text
+from ebm_defense.numbers import plain_numbers
 
+LOG = logging.getLogger("ebm_defense.eval")
 PUBLISHED_EPS = 8 / 255
 STEPS_ACROSS_EPS = 4  # the published step is 2/255 at eps 8/255
 
@@ -56,6 +59,7 @@ class Protocol:
     looks: str = "every"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.judge_replicates < 1:
             raise UsageError(f"judge replicates must be at least 1, not {self.judge_replicates}.")
         if not self.attacks:
@@ -68,6 +72,20 @@ class Protocol:
 
     def _complete(self) -> bool:
         return self.ensemble and {standard_kind(a) for a in self.attacks} >= STANDARD
+
+    def fitting(self, classes: int) -> Protocol:
+        """Return "standard" without the attacks that need more classes, and others as they are.
+
+        It says which, and is then called "standard-partial".
+        """
+        kept = tuple(a for a in self.attacks if a.least_classes <= classes)
+        if self.name != "standard" or kept == self.attacks:
+            return self
+        dropped = ", ".join(a.name for a in self.attacks if a not in kept)
+        LOG.warning(
+            "standard without %s, which need more than the model's %d classes.", dropped, classes
+        )
+        return dataclasses.replace(self, attacks=kept)
 
     def save(self, path: str | Path) -> Path:
         """Write the protocol to a TOML file that `load_protocol` reads, and return its path."""

@@ -68,11 +68,11 @@ def chain_steps_per_second(job: Job, chains: int) -> float:
     purifier = job.defense.purifier
     cut = isinstance(purifier, SteppedPurifier)
     few = min(TIMED_STEPS, purifier.chain_steps) if cut else purifier.chain_steps
-    one, classifier = images.new_ones(()), job.defense.classifier
+    one, classify = images.new_ones(()), job.defense.classify
     t = alternate(
         {
             "chain": lambda: _first_steps(purifier, images, few),
-            "look": lambda: vjp(lambda x: classifier(x).sum(), images, one),
+            "look": lambda: vjp(lambda x: classify(x).sum(), images, one),
         },
         TIMED_SECONDS,
         images.device,

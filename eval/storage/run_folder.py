@@ -15,6 +15,7 @@ import tomli_w
 from torch import Tensor
 
 from ebm_defense.errors import UsageError
+from ebm_defense.eval.storage.behaviour import Answers, refuse_another
 from ebm_defense.eval.storage.settings import Shard, environment
 from ebm_defense.eval.workers import ALONE, POLL, LostWorkerError, Watch, Workers, hold
 from ebm_defense.files import load_tensors, save_tensors, writable_folder, write_text
@@ -29,6 +30,7 @@ SETTINGS, DATA, ENVIRONMENT, RECORDS = (
 ADVERSARIAL, SUMS = "adversarial.safetensors", "SHA256SUMS"
 SEALED = (SETTINGS, DATA, RECORDS, ADVERSARIAL)
 SHARDS = "shards"
+BEHAVIOUR = "behaviour.safetensors"
 OWN_TEMPORARY = re.compile(r"\.(lock-\d+|.+\.\d+(\.\w+)?)")
 
 Costs = dict[str, dict[str, float]]
@@ -68,6 +70,7 @@ class RunFolder:
         settings: from `settings_of`; of a part of a run, with "shard".
         data: the run's images and labels, which make the folder complete in itself.
         workers: who shares the folder.
+        behaviour: the answers of the model at hand, from `behaviour`; None where there is none.
 
     Raises:
         UsageError: the folder cannot be written, or holds a run of other settings.
@@ -79,8 +82,10 @@ class RunFolder:
         settings: dict[str, Any],
         data: dict[str, Tensor],
         workers: Workers = ALONE,
+        behaviour: Answers | None = None,
     ) -> None:
         self.settings, self.data, self.workers = settings, data, workers
+        self.behaviour = behaviour
         refuse_foreign(Path(path).expanduser())
         self.path = writable_folder(path)
         self.shards = self.path / SHARDS
@@ -90,7 +95,8 @@ class RunFolder:
         """Keep other processes out while this one works here.
 
         Raises:
-            UsageError: another process works here, or the folder holds a run of other settings.
+            UsageError: another process works here, or the folder holds a run of other settings, or
+                of a model that behaves differently.
         """
         with hold(self._lock(self.workers.rank)):
             self._claim()
@@ -106,9 +112,20 @@ class RunFolder:
                 f"{self.path} holds a run of other settings ({', '.join(differing)}); "
                 "name another folder, or repeat that run's command to resume it."
             )
+        self._compare()
         if self.workers.leads and not (self.path / DATA).exists():
             save_tensors(self.path / DATA, self.data)
         writable_folder(self.shards)
+
+    def _compare(self) -> None:
+        """Keep how the model behaves, or compare it with the model that began the run."""
+        file = self.path / BEHAVIOUR
+        if self.behaviour is None:
+            return
+        if file.exists():
+            refuse_another(load_tensors(file), self.behaviour, self.path)
+        else:  # a new run, or one of before this was kept
+            save_tensors(file, self.behaviour)
 
     def _lock(self, rank: int) -> Path:
         return self.path / f".lock-{rank}"

@@ -41,9 +41,14 @@ def judge_settings(defense: PurifiedClassifier, images: Tensor) -> dict[str, Any
     return {
         "average": defense.average,
         "weights": fingerprint(defense),
-        "purifier": purifier_settings(defense, images),
+        "purifier": purifier_settings(defense, images) | _randomness(defense),
         "verdicts": defense.resolved_verdict_precision(images),
     }
+
+
+def _randomness(defense: PurifiedClassifier) -> dict[str, bool]:
+    """Return what was found of a defense whose purifier calls itself deterministic."""
+    return {} if defense.purifier.stochastic else {"stochastic": defense.stochastic}
 
 
 def purifier_settings(defense: PurifiedClassifier, images: Tensor) -> dict[str, Any]:

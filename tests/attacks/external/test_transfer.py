@@ -42,7 +42,7 @@ def test_transfer_never_purifies_while_it_attacks(two_class, counting_purifier):
     classifier = two_class(torch.ones((1, 8, 8), dtype=torch.float64), -32.0)
     defense = PurifiedClassifier(classifier, counting_purifier)
     transfer = Transfer(attack=ATTACK, replicates=3)
-    transfer(defense, images, labels % 2)
+    transfer.run(defense, images, labels % 2, ids=range(len(images)), seed=0)
     assert counting_purifier.rows == [3 * len(images)]
     assert transfer.chain_steps(defense) == 3 * counting_purifier.chain_steps
 

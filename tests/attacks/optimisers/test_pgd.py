@@ -185,7 +185,7 @@ def test_an_attack_ends_when_every_image_is_struck(linear, counting_purifier, li
 def test_the_cost_that_is_announced_is_the_cost_that_is_spent(linear, counting_purifier):
     defense, attack = spied(counting_purifier, linear), pgd(steps=3)
     images, labels = images_and_labels()
-    attack(defense, images, labels)
+    attack.run(defense, images, labels, ids=range(len(images)), seed=0)
     spent = sum(counting_purifier.rows) * counting_purifier.chain_steps
     assert spent == len(images) * attack.chain_steps(defense)
 

@@ -317,7 +317,7 @@ GOOD, ONES = bright(0.6, 0.7), torch.ones(2, dtype=torch.long)
         pytest.param(GOOD, GOOD[..., :2], ONES, {}, id="other size"),
         pytest.param(GOOD[0], GOOD[0], ONES, {}, id="no batch"),
         pytest.param(GOOD, GOOD, ONES[:1], {}, id="too few labels"),
-        pytest.param(GOOD, GOOD, ONES.float(), {}, id="labels no integers"),
+        pytest.param(GOOD, GOOD, ONES / 2.0, {}, id="labels no integers"),
         pytest.param(GOOD, GOOD, -ONES, {}, id="negative labels"),
         pytest.param(GOOD, GOOD, ONES + 1, {}, id="labels beyond the classes"),
         pytest.param(GOOD, GOOD, ONES, {"replicates": 0}, id="no replicates"),
