@@ -22,7 +22,7 @@ from ebm_defense.attacks import PGD, ThreatModel, Transfer
 from ebm_defense.data import Images
 from ebm_defense.eval import Protocol, compare, evaluate, load_run
 from ebm_defense.eval.protocols.presets import fitting_gradient
-from ebm_defense.purifiers.base import baseline
+from ebm_defense.purifiers.registry import baseline
 
 EPS = 0.1
 

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from ebm_defense import LangevinPurifier, PurifiedClassifier, load_data, load_defense
 from ebm_defense.files import write_text
+from ebm_defense.folders import shipped
 from ebm_defense.noise import chain_keys
 from ebm_defense.precision.chains import Finding, check, finding_key
 from ebm_defense.precision.classifiers import Agreement, agreement_key, compare
 from ebm_defense.precision.findings import SHOWN
-from ebm_defense.weights import shipped
 
 FILE = Path(__file__).parent.parent / "ebm_defense" / "engine" / SHOWN
 

@@ -14,9 +14,10 @@ from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
 from ebm_defense.errors import UsageError
 from ebm_defense.files import load_tensors
-from ebm_defense.purifiers.base import LangevinPurifier, Purifier
+from ebm_defense.folders import save_defense
+from ebm_defense.purifiers.base import Purifier
+from ebm_defense.purifiers.langevin import LangevinPurifier
 from ebm_defense.state_dicts import load_weights, read_about
-from ebm_defense.weights import save_defense
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ from ebm_defense.attacks.catalogue import ATTACKS, FAMILIES, Entry, library_atta
 from ebm_defense.data import DATASETS
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
-from ebm_defense.weights import find_folder, load_defense, read_settings
+from ebm_defense.folders import find_folder, read_settings
+from ebm_defense.weights import load_defense
 
 UNKNOWN = "?"
 

@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 import tyro
 
 from ebm_defense.errors import UsageError
-from ebm_defense.weights import find_folder, import_published_cifar10, shipped, verify
+from ebm_defense.folders import find_folder, shipped, verify
+from ebm_defense.weights import import_published_cifar10
 
 PUBLISHED_CIFAR10 = "ebm-defense-cifar10"
 

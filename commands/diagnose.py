@@ -21,6 +21,7 @@ from ebm_defense.errors import UsageError
 from ebm_defense.eval.purification_curve import Point, purification_curve, recommend
 from ebm_defense.eval.reporting.diagnosis import draw_diagnosis
 from ebm_defense.files import load_tensors, writable_folder, write_text
+from ebm_defense.folders import ENERGY
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.learning.convergence import (
     METASTABLE,
@@ -29,9 +30,9 @@ from ebm_defense.learning.convergence import (
     judge_convergence,
     long_runs,
 )
-from ebm_defense.purifiers.base import LangevinPurifier
+from ebm_defense.purifiers.langevin import LangevinPurifier
 from ebm_defense.state_dicts import load_weights
-from ebm_defense.weights import ENERGY, load_defense, load_energy, load_purifier
+from ebm_defense.weights import load_defense, load_energy, load_purifier
 
 SETTINGS, HISTORY, PAGE, FOUND = "settings.toml", "history.csv", "diagnosis.png", "diagnosis.toml"
 
@@ -181,8 +182,7 @@ def _trained(folder: Path) -> Subject:
 
 def _defended(name: str) -> Subject:
     energy, purifier = load_energy(name), load_purifier(name)
-    assert isinstance(purifier, LangevinPurifier)
-    settings = purifier.settings
+    settings = LangevinSettings(**purifier.numbers)  # type: ignore[arg-type]
     return Subject(energy, settings, settings.steps, 2 * settings.step_size, None)
 
 

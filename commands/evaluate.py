@@ -37,7 +37,8 @@ from ebm_defense.eval.speed.forecast import forecast
 from ebm_defense.eval.storage.settings import default_folder
 from ebm_defense.eval.workers import Workers
 from ebm_defense.langevin import LangevinSettings
-from ebm_defense.purifiers.base import LangevinPurifier, Purifier
+from ebm_defense.purifiers.base import Purifier
+from ebm_defense.purifiers.langevin import LangevinPurifier
 from ebm_defense.weights import load_defense
 
 COMMAND, UNDEFENDED = "command.toml", "undefended"

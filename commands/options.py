@@ -14,9 +14,12 @@ from torch import nn
 
 from ebm_defense.errors import UsageError
 from ebm_defense.files import write_text
-from ebm_defense.purifiers.base import BASELINES, Purifier, as_purifier, baseline
+from ebm_defense.folders import DEFENSE, shipped_folder
+from ebm_defense.purifiers.base import Purifier
+from ebm_defense.purifiers.foreign import as_purifier
+from ebm_defense.purifiers.registry import PURIFIERS, baseline
 from ebm_defense.state_dicts import load_weights
-from ebm_defense.weights import DEFENSE, load_purifier, shipped_folder
+from ebm_defense.weights import load_purifier
 
 M = TypeVar("M", bound=nn.Module)
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -97,9 +100,7 @@ def make_purifier(spec: str, steps: int | None = None) -> Purifier:
     if (shipped_folder() / spec / DEFENSE).is_file() or (Path(spec) / DEFENSE).is_file():
         return load_purifier(spec, **({} if steps is None else {"steps": steps}))
     kind, colon, _ = spec.partition(":")
-    if colon and kind not in BASELINES:
-        return as_purifier(factory(spec)())
-    return baseline(spec)
+    return as_purifier(factory(spec)()) if colon and kind not in PURIFIERS else baseline(spec)
 
 
 class Wanted(NamedTuple):
@@ -110,9 +111,9 @@ class Wanted(NamedTuple):
 
 
 def wanted_by(purifier: Purifier) -> Wanted:
-    """Return what images a purifier's energy knows."""
-    shape = getattr(getattr(purifier, "energy", None), "settings", None)
-    return Wanted(getattr(shape, "channels", None), getattr(shape, "image_size", None))
+    """Return what images a purifier takes, if it is that particular."""
+    shape = purifier.image_shape
+    return Wanted(None, None) if shape is None else Wanted(shape[0], shape[1])
 
 
 SETTINGS = "settings.toml"

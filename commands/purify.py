@@ -27,7 +27,7 @@ from ebm_defense.errors import UsageError
 from ebm_defense.eval.reporting.pictures import Strip, draw_strip, film_strip
 from ebm_defense.files import atomic, writable_folder
 from ebm_defense.noise import KeyedNoise, chain_keys
-from ebm_defense.purifiers.base import LangevinPurifier, Purifier
+from ebm_defense.purifiers.base import Purifier
 
 PICTURED = 8
 BATCH = 400
@@ -93,7 +93,7 @@ class Purify:
             for photo, image in zip(batch, purified, strict=True):
                 writable_folder(photo.target.parent)
                 write_image(image, photo.target)
-            rows = rows or self._strip(purifier, images[:PICTURED], purified[:PICTURED])
+            rows = rows or self._strip(purifier, images[:PICTURED])
         draw_strip(rows, strip)
         print(f"{len(photos)} purified images and {strip.name} are in {out}")
         return 0
@@ -127,10 +127,8 @@ class Purify:
                 first = str(error).splitlines()[0]
                 raise UsageError(f"the purifier cannot take these images: {first}") from error
 
-    def _strip(self, purifier: Purifier, images: Tensor, purified: Tensor) -> Strip:
-        if isinstance(purifier, LangevinPurifier):
-            return [("original", images), *film_strip(purifier, images, self.seed)]
-        return [("original", images), ("purified", purified)]
+    def _strip(self, purifier: Purifier, images: Tensor) -> Strip:
+        return [("original", images), *film_strip(purifier, images, self.seed)]
 
 
 def find_images(paths: tuple[Path, ...], out: Path) -> dict[Path, Path]:

@@ -21,9 +21,8 @@ from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.protocols.presets import fitting_gradient
 from ebm_defense.eval.ranking import Contest, Field, Outcome, compete, ranking
-from ebm_defense.eval.reporting.captions import purifier_caption
-from ebm_defense.eval.storage.settings import purifier_settings
 from ebm_defense.files import writable_folder, write_text
+from ebm_defense.purifiers.registry import caption
 from ebm_defense.weights import load_defense
 
 FITTING = {
@@ -128,7 +127,7 @@ class RankAttacks:
         return [first, *wanted]
 
     def _caption(self, defense: PurifiedClassifier, images: Any) -> str:
-        purifier = purifier_caption(purifier_settings(defense, images))
+        purifier = caption(defense.purifier.record(images))
         return (
             f"{self.defense}, {self.data}, {self.split} images, {self._threat()}; steps and attack "
             f"replicates as each row says; judged on {self.judge_replicates} fresh replicates "

@@ -22,11 +22,11 @@ from ebm_defense.commands.resume import CHECKPOINT, checkpoint_of
 from ebm_defense.data import Images, dataset, load_data
 from ebm_defense.energies.conv import channels_last
 from ebm_defense.files import load_plain, save_state, save_tensors, writable_folder
+from ebm_defense.folders import CLASSIFIER
 from ebm_defense.learning.classifier import ClassifierRecipe, ClassifierTrainer, Copies, accuracy
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers.base import Purifier
 from ebm_defense.state_dicts import about, load_weights
-from ebm_defense.weights import CLASSIFIER
 
 PURIFY_BATCH = 400
 VALIDATION_IMAGES = 1_000

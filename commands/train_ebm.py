@@ -19,11 +19,11 @@ from ebm_defense.data import load_data
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, channels_last
 from ebm_defense.errors import UsageError
 from ebm_defense.files import save_tensors, writable_folder, write_text
+from ebm_defense.folders import ENERGY
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.learning.diagnostics import draw_curves, long_chains, save_grid
 from ebm_defense.learning.energy import EnergyRecipe, EnergyTrainer
 from ebm_defense.state_dicts import about, load_weights
-from ebm_defense.weights import ENERGY
 
 PICTURED = 16
 

@@ -7,9 +7,11 @@ if TYPE_CHECKING:
     from ebm_defense.classifiers import normalized
     from ebm_defense.data import load_data
     from ebm_defense.defense import PurifiedClassifier
-    from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, QuadraticEnergy
+    from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
+    from ebm_defense.energies.quadratic import QuadraticEnergy
     from ebm_defense.errors import UsageError
-    from ebm_defense.purifiers.base import LangevinPurifier, Purifier
+    from ebm_defense.purifiers.base import Purifier
+    from ebm_defense.purifiers.langevin import LangevinPurifier
     from ebm_defense.weights import load_defense, load_energy, load_purifier
 
 __version__ = "0.1.0"

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ebm_defense.engine.derivatives import arithmetic
 from ebm_defense.errors import UsageError
+from ebm_defense.folders import save_defense
 from ebm_defense.images import PROBED, check_images
 from ebm_defense.inputs import as_images
 from ebm_defense.modes import in_eval_mode, modules_of
@@ -25,7 +26,9 @@ from ebm_defense.outputs import logits_of
 from ebm_defense.precision.classifiers import PAIRS, VERDICT_PRECISIONS, checked_verdicts
 from ebm_defense.precision.findings import versions
 from ebm_defense.precision.names import resolve_precision
-from ebm_defense.purifiers.base import NoPurifier, as_purifier, straight_through
+from ebm_defense.purifiers.base import straight_through
+from ebm_defense.purifiers.baselines import NoPurifier
+from ebm_defense.purifiers.foreign import as_purifier
 from ebm_defense.runtime.packing import Packing
 
 VOTE_SMOOTHING = 1e-3
@@ -304,9 +307,7 @@ class PurifiedClassifier(nn.Module):
         return [(rows, keys) for rows, keys in chunks if len(rows)]
 
     def save(self, folder: str | Path) -> Path:
-        """Write the defense to a folder that `load_defense` reads; see `weights.save_defense`."""
-        from ebm_defense.weights import save_defense
-
+        """Write the defense to a folder that `load_defense` reads; see `folders.save_defense`."""
         return save_defense(self, folder)
 
 

@@ -33,7 +33,6 @@ from ebm_defense.eval.storage.run_folder import Costs, Done, MemoryStore, RunFol
 from ebm_defense.eval.storage.settings import Shard, join
 from ebm_defense.eval.workers import ALONE, Workers
 from ebm_defense.noise import derive_seed
-from ebm_defense.purifiers.base import NoPurifier
 
 SHARD = 32
 Columns = dict[str, Sequence[object]]
@@ -116,7 +115,7 @@ class Job:
     @cached_property
     def bare(self) -> PurifiedClassifier | None:
         """The undefended classifier beside a defended one; None where nothing is defended."""
-        if isinstance(self.defense.purifier, NoPurifier):
+        if self.defense.purifier.identity:
             return None
         bare = self.defense.bare()
         bare.check_deterministic(self.images)

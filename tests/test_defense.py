@@ -23,13 +23,10 @@ from ebm_defense.defense import (
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import KeyedNoise, chain_keys
-from ebm_defense.purifiers.base import (
-    GaussianNoise,
-    LangevinPurifier,
-    NoPurifier,
-    Purifier,
-    baseline,
-)
+from ebm_defense.purifiers.base import Purifier
+from ebm_defense.purifiers.baselines import GaussianNoise, NoPurifier
+from ebm_defense.purifiers.langevin import LangevinPurifier
+from ebm_defense.purifiers.registry import baseline
 
 CLASSES = 4
 quick = settings(

@@ -53,3 +53,64 @@ def test_only_one_function_unpickles() -> None:
     rooms = ["attacks", "eval", "commands", "ebm_defense"]
     files = {p.resolve() for room in rooms for p in sources(room)}
     assert [p.name for p in files if "torch.load(" in p.read_text(encoding="utf-8")] == ["files.py"]
+
+
+def files_imported(path: Path, files: dict[str, Path]) -> set[Path]:
+    """Return the files of this project that a file imports at its head, TYPE_CHECKING aside."""
+    found: set[Path] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # A name may be a module of its own: from ebm_defense.eval import runner.
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in files else node.module for name in inside]
+        else:
+            continue
+        found |= {files[name] for name in names if name in files}
+    return found - {path}
+
+
+def modules() -> dict[str, Path]:
+    """Return every module of the project by the name it is imported as."""
+    found = {}
+    for room in ("ebm_defense", "attacks", "eval", "commands"):
+        home = () if room == "ebm_defense" else ("ebm_defense",)
+        for path in sources(room):
+            inside = path.relative_to(ROOT).with_suffix("").parts
+            if room == "ebm_defense" and inside[1] in FORBIDDEN["ebm_defense"]:
+                continue  # the links to the other rooms
+            parts = [*home, *inside]
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def circle_through(path: Path, graph: dict[Path, set[Path]]) -> list[Path] | None:
+    """Return a way from a file back to itself, if there is one."""
+    ways, seen = [[path]], set()
+    while ways:
+        way = ways.pop(0)
+        for following in graph[way[-1]]:
+            if following == path:
+                return [*way, path]
+            if following not in seen:
+                seen.add(following)
+                ways.append([*way, following])
+    return None
+
+
+def test_no_circle_of_files_exists() -> None:
+    files = modules()
+    graph = {path: files_imported(path, files) for path in files.values()}
+    circles = [c for path in graph if (c := circle_through(path, graph))]
+    assert not [[str(p.relative_to(ROOT)) for p in c] for c in circles[:1]]
+    assert len(graph) > 100
+
+
+def test_nothing_asks_a_purifier_what_kind_it_is() -> None:
+    rooms = [p for room in ("ebm_defense", "attacks", "eval", "commands") for p in sources(room)]
+    kinds = ("LangevinPurifier", "NoPurifier", "GaussianNoise")
+    for path in {p.resolve() for p in rooms}:
+        text = path.read_text(encoding="utf-8")
+        assert not [k for k in kinds if f"isinstance(purifier, {k}" in text], path
+        assert not [k for k in kinds if f"purifier, {k})" in text], path

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, QuadraticEnergy
+from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
+from ebm_defense.energies.quadratic import QuadraticEnergy
 from ebm_defense.engine import energy_and_gradient, prepare
 from ebm_defense.errors import UsageError
 from ebm_defense.langevin import (
@@ -22,7 +23,7 @@ from ebm_defense.langevin import (
 )
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.precision.names import resolve_precision
-from ebm_defense.purifiers.base import LangevinPurifier
+from ebm_defense.purifiers.langevin import LangevinPurifier
 
 SHAPE = (1, 2, 2)
 

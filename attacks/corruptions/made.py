@@ -21,7 +21,7 @@ from ebm_defense.attacks.spec import near
 from ebm_defense.errors import UsageError
 from ebm_defense.images import check_images
 from ebm_defense.noise import chain_keys
-from ebm_defense.purifiers.base import Jpeg
+from ebm_defense.purifiers.baselines import Jpeg
 
 Array = np.ndarray[Any, Any]
 """One image `[H, W, C]`, float64 in [0, 1]."""

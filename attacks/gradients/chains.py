@@ -6,15 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ebm_defense.engine.derivatives import vjp
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import Noise
 from ebm_defense.purifiers.base import SteppedPurifier
+from ebm_defense.purifiers.state import State, distance, equal, state_vjp
 
-BlockVjp = Callable[[Tensor, Tensor, range], Tensor]
+BlockVjp = Callable[[State, State, range], State]
 """Maps a cotangent after a block of steps, and the state before it, to the cotangent there."""
 
 
@@ -42,8 +41,8 @@ class Chain:
     noise: Noise
     images: Tensor
     groups: list[list[range]]
-    kept: list[Tensor]
-    end: Tensor
+    kept: list[State]
+    end: State
 
     @property
     def purified(self) -> Tensor:
@@ -61,7 +60,7 @@ class Chain:
         Raises:
             UsageError: it lies further away; the purifier is no function of image and noise.
         """
-        g = vjp(self.purifier.leave, self.end, cotangent)
+        g: State = state_vjp(self.purifier.leave, self.end, cotangent)
         after = self.end
         for group, start in reversed(list(zip(self.groups, self.kept, strict=True))):
             # A single block needs no state but its start; one chain's end is replayed all the same.
@@ -72,14 +71,15 @@ class Chain:
             for block, x in reversed(list(zip(group, states, strict=True))):
                 g = back(g, x, block)
             after = start
-        return vjp(self.purifier.enter, self.images, g)
+        found: Tensor = state_vjp(self.purifier.enter, self.images, g)
+        return found
 
 
 def run(
     purifier: SteppedPurifier, images: Tensor, noise: Noise, groups: list[list[range]]
 ) -> Chain:
     """Run the purifier's own chain from images `[b, C, H, W]`, keeping each group's first state."""
-    x, kept = purifier.enter(images), []
+    x, kept = purifier.enter(images), list[State]()
     for group in groups:
         kept.append(x)
         x = purifier.advance(x, noise, range(group[0].start, group[-1].stop))
@@ -87,20 +87,20 @@ def run(
 
 
 def _states(
-    purifier: SteppedPurifier, start: Tensor, noise: Noise, group: Sequence[range]
-) -> list[Tensor]:
+    purifier: SteppedPurifier, start: State, noise: Noise, group: Sequence[range]
+) -> list[State]:
     states = [start]
     for block in group:
         states.append(purifier.advance(states[-1], noise, block))
     return states
 
 
-def refuse_mismatch(replayed: Tensor, stored: Tensor, where: str, tolerance: float) -> None:
+def refuse_mismatch(replayed: State, stored: State, where: str, tolerance: float) -> None:
     """Refuse a purifier whose second run differs from its first by more than the tolerance."""
     # A chain that diverged has no other gradient than NaN, and is no mismatch.
-    if torch.equal(replayed.nan_to_num(), stored.nan_to_num()):
+    if equal(replayed, stored):
         return
-    worst = float((replayed - stored).abs().max())
+    worst = distance(replayed, stored)
     if not worst <= tolerance:
         raise UsageError(
             f"replay mismatch: computed again, the purifier differs by {worst:.2g}{where}, so its "

@@ -18,12 +18,13 @@ from ebm_defense.engine.derivatives import PRODUCT_PRECISIONS, arithmetic, vjp
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import KeyedNoise, working_dtype
 from ebm_defense.purifiers.base import Purifier, SteppedPurifier
+from ebm_defense.purifiers.state import State, lerp, size, tensors
 
 PRODUCT_COST = 2.5
 """Chain-steps that a Hessian-vector product costs in the chain's own precision, as measured by
 benchmarks/full_gradient.py; by counting convolutions it is 2, four passes to a step's two."""
 
-StepVjp = Callable[[Tensor, Tensor, int], Tensor]
+StepVjp = Callable[[State, State, int], State]
 """Maps a cotangent after a step, and the state before it, to the cotangent there."""
 
 STORES: dict[str, Callable[[int, float, float], int]] = {
@@ -81,11 +82,11 @@ class ChainGradient(VjpGradient):
         """
         refuse_without_gradient(defense.purifier)
         start = images.detach().to(working_dtype(images.dtype))
-        size = keys.numel() * math.prod(start.shape[1:]) * start.element_size()
         chunks = defense.chunks(keys.to(start.device))
         with torch.no_grad():
+            held = keys.numel() * _state_size(defense.purifier, start)
             parts = [
-                self.differentiate(defense.purifier, start[rows], KeyedNoise(k), size)
+                self.differentiate(defense.purifier, start[rows], KeyedNoise(k), held)
                 for rows, k in chunks
             ]
 
@@ -98,7 +99,7 @@ class ChainGradient(VjpGradient):
         return Purified(flat.view(*keys.shape, *images.shape[1:]), step_vjp)
 
     def differentiate(
-        self, purifier: Purifier, images: Tensor, noise: KeyedNoise, size: float
+        self, purifier: Purifier, images: Tensor, noise: KeyedNoise, held: float
     ) -> Purified:
         """Purify one chunk `[b, C, H, W]`, each image by its own noise.
 
@@ -106,12 +107,12 @@ class ChainGradient(VjpGradient):
             purifier: one that has a gradient.
             images: where the chains start.
             noise: of the chains.
-            size: bytes that one state of all chunks takes.
+            held: bytes that one state of all chunks takes.
         """
         if not isinstance(purifier, SteppedPurifier):
             return differentiated_whole(purifier, images, noise, self.replay_tolerance)
         blocks = math.ceil(purifier.chain_steps / self.spacing)
-        stored = STORES[self.store](blocks, size, self.memory * 2**30)
+        stored = STORES[self.store](blocks, held, self.memory * 2**30)
         groups = groups_of(purifier.chain_steps, self.spacing, stored)
         chain = run(purifier, images, noise, groups)
         return Purified(chain.purified, lambda cotangent: self._vjp(chain, noise, cotangent))
@@ -120,24 +121,24 @@ class ChainGradient(VjpGradient):
         with torch.no_grad():
             step_vjp = self.vjp_step(chain.purifier, noise, chain.end)
 
-            def back(g: Tensor, x: Tensor, block: range) -> Tensor:
+            def back(g: State, x: State, block: range) -> State:
                 earlier = step_vjp(g, x, block.start)
-                return earlier if len(block) == 1 else g.lerp(earlier, len(block))
+                return earlier if len(block) == 1 else lerp(g, earlier, len(block))
 
             return chain.vjp(cotangent, back, self.replay_tolerance)
 
-    def vjp_step(self, purifier: SteppedPurifier, noise: KeyedNoise, like: Tensor) -> StepVjp:
+    def vjp_step(self, purifier: SteppedPurifier, noise: KeyedNoise, like: State) -> StepVjp:
         """Return the way back through a step at states such as `like`, by the fastest means."""
         prepared = purifier.prepared_vjp(like, self.precision)
 
-        def by_engine(g: Tensor, x: Tensor, step: int) -> Tensor:
+        def by_engine(g: State, x: State, step: int) -> State:
             assert prepared is not None
             lent_curvature = self.lent_curvature(step, purifier.chain_steps)
             return prepared(g, x, None if lent_curvature is None else lent_curvature.curvature)
 
-        def by_autograd(g: Tensor, x: Tensor, step: int) -> Tensor:
+        def by_autograd(g: State, x: State, step: int) -> State:
             lent_curvature = self.lent_curvature(step, purifier.chain_steps)
-            with arithmetic(self.precision, x.device), lent_curvature or nullcontext():
+            with arithmetic(self.precision, tensors(x)[0].device), lent_curvature or nullcontext():
                 return purifier.vjp_step(g, x, noise, step)
 
         return by_engine if prepared else by_autograd
@@ -170,6 +171,11 @@ class Full(ChainGradient):
     """
 
     name: str = "full"
+
+
+def _state_size(purifier: Purifier, images: Tensor) -> int:
+    """Return the bytes that the state of one chain takes."""
+    return size(purifier.enter(images[:1])) if isinstance(purifier, SteppedPurifier) else 0
 
 
 def refuse_without_gradient(purifier: Purifier) -> None:

@@ -95,10 +95,10 @@ class Smoothed(ChainGradient):
         return super().purify(defense, images, keys)
 
     def differentiate(
-        self, purifier: Purifier, images: Tensor, noise: KeyedNoise, size: float
+        self, purifier: Purifier, images: Tensor, noise: KeyedNoise, held: float
     ) -> Purified:
         if not self.perturbation:
-            return super().differentiate(purifier, images, noise, size)
+            return super().differentiate(purifier, images, noise, held)
         once = super().differentiate
         purified = purifier(images, noise=noise)
 
@@ -108,7 +108,7 @@ class Smoothed(ChainGradient):
                 # The chain draws at steps 0 to K − 1, so later ones are independent of it.
                 z = noise.normal(purifier.chain_steps + draw, images)
                 with torch.no_grad():
-                    near = once(purifier, images + self.perturbation * z, noise, size)
+                    near = once(purifier, images + self.perturbation * z, noise, held)
                 total += near.vjp(cotangent)
             return total / self.draws
 

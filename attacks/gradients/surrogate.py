@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +12,6 @@ from ebm_defense.attacks.gradients.full import Full
 from ebm_defense.attacks.losses import Loss
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
-from ebm_defense.purifiers.base import LangevinPurifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,28 +63,10 @@ class Surrogate:
     def cheap(self, defense: PurifiedClassifier) -> PurifiedClassifier:
         """Return the defense with the cheap chain in the place of its own.
 
-        A purifier that is no chain and that torch differentiates is as cheap as it can be.
-
         Raises:
-            UsageError: the defense runs another chain than Langevin's, or a shorter one.
+            UsageError: the purifier has none, or runs a shorter one.
         """
-        true = defense.purifier
-        if true.differentiable:
-            return defense
-        if not isinstance(true, LangevinPurifier):
-            raise UsageError(
-                f"a surrogate shortens a LangevinPurifier's chain, not a {type(true).__name__}'s."
-            )
-        if self.steps > true.chain_steps:
-            raise UsageError(
-                f"the surrogate's {self.steps} steps are more than the defense's "
-                f"{true.chain_steps}; give it fewer."
-            )
-        settings = true.settings
-        longer = settings.step_size * math.sqrt(settings.steps / self.steps)
-        purifier = LangevinPurifier(
-            true.energy, self.steps, longer, settings.temperature, true.precision
-        )
+        purifier = defense.purifier.shortened(self.steps)
         return PurifiedClassifier(defense.classifier, purifier, max_chains=defense.max_chains)
 
     def chain_steps(self, defense: PurifiedClassifier, replicates: int = 1) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,9 +16,24 @@ PRODUCT_PRECISIONS = ("fp32", "bf16")
 
 def vjp(function: Callable[[Tensor], Tensor], x: Tensor, cotangent: Tensor) -> Tensor:
     """Return cotangentᵀ·∂function(x)/∂x, whatever grad mode the caller is in; no graph is kept."""
+    return vjps(lambda xs: [function(xs[0])], [x], [cotangent])[0]
+
+
+def vjps(
+    function: Callable[[list[Tensor]], Sequence[Tensor]],
+    xs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+) -> list[Tensor]:
+    """Return `vjp` of a function of several tensors to several, one result for each of `xs`."""
     with torch.inference_mode(False), torch.enable_grad():
-        x = _leaf(x)
-        return _gradient(function(x), x, cotangent)
+        leaves = [_leaf(x) for x in xs]
+        pairs = zip(function(leaves), cotangents, strict=True)
+        linked = [(value, _usable(g)) for value, g in pairs if value.requires_grad]
+        if not linked:
+            return [torch.zeros_like(x) for x in leaves]
+        values, upstream = zip(*linked, strict=True)
+        found = torch.autograd.grad(values, leaves, upstream, allow_unused=True)
+        return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
 
 
 def hessian_product(energy: Callable[[Tensor], Tensor], x: Tensor, vector: Tensor) -> Tensor:
@@ -34,7 +49,10 @@ def hessian_product(energy: Callable[[Tensor], Tensor], x: Tensor, vector: Tenso
         with _FixedWeights():
             value = energy(x)
         (slope,) = torch.autograd.grad(value, x, torch.ones_like(value), create_graph=True)
-        return _gradient(slope, x, vector)
+        if not slope.requires_grad:
+            return torch.zeros_like(x)
+        (product,) = torch.autograd.grad(slope, x, _usable(vector), allow_unused=True)
+        return torch.zeros_like(x) if product is None else product
 
 
 class _Convolution(torch.autograd.Function):
@@ -101,12 +119,8 @@ def _leaf(x: Tensor) -> Tensor:
     return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
 
 
-def _gradient(value: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
-    gradient = None
-    if value.requires_grad:
-        cotangent = cotangent.clone() if cotangent.is_inference() else cotangent
-        (gradient,) = torch.autograd.grad(value, x, cotangent, allow_unused=True)
-    return torch.zeros_like(x) if gradient is None else gradient
+def _usable(cotangent: Tensor) -> Tensor:
+    return cotangent.clone() if cotangent.is_inference() else cotangent
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Purifiers: images in [0, 1] to images that are about in [0, 1], not clamped."""
 
-from ebm_defense.purifiers.base import LangevinPurifier, Purifier, SteppedPurifier
+from ebm_defense.purifiers.base import Purifier, SteppedPurifier
+from ebm_defense.purifiers.langevin import LangevinPurifier
 
 __all__ = ["LangevinPurifier", "Purifier", "SteppedPurifier"]

@@ -139,19 +139,10 @@ def _gap(first: Tensor, second: Tensor) -> float:
 
 def curvature(defense: PurifiedClassifier, images: Tensor, seed: int) -> float | None:
     """Return the largest entry of ∇²U(x)·v for a random v; None where there is no energy."""
-    energy = getattr(defense.purifier, "energy", None)
-    if energy is None:
-        return None
-    x = images * 2.0 - 1.0
-    keys = chain_keys(seed, "direction", range(len(x)), range(1))[0]
-    v = KeyedNoise(keys.to(x.device)).normal(0, x)
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(energy(x).sum(), x, create_graph=True)
-        if not slope.requires_grad:
-            return 0.0
-        (product,) = torch.autograd.grad((slope * v).sum(), x, allow_unused=True)
-    return 0.0 if product is None else float(product.abs().max())
+    keys = chain_keys(seed, "direction", range(len(images)), range(1))[0]
+    direction = KeyedNoise(keys.to(images.device)).normal(0, images)
+    product = defense.purifier.curvature(images, direction)
+    return None if product is None else float(product.abs().max())
 
 
 def _slopes(

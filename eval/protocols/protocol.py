@@ -25,9 +25,9 @@ from ebm_defense.eval.protocols.presets import (
     standard_attacks,
     standard_kind,
 )
-from ebm_defense.eval.storage.plain import build, describe
 from ebm_defense.files import writable_folder, write_text
 from ebm_defense.numbers import plain_numbers
+from ebm_defense.serialize import build, describe
 
 LOG = logging.getLogger("ebm_defense.eval")
 PUBLISHED_EPS = 8 / 255

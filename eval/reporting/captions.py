@@ -9,6 +9,7 @@ from ebm_defense.attacks.base import Attack
 from ebm_defense.attacks.threat import fraction
 from ebm_defense.eval.judging.rules import Rule
 from ebm_defense.eval.judging.sequential import Sequential
+from ebm_defense.purifiers import registry
 
 
 def attack_caption(attack: Attack) -> str:
@@ -51,30 +52,7 @@ def verdict_caption(rule: Rule, most: int) -> str:
     return f"Judged on {most} fresh replicates ({rule.name} rule)."
 
 
-PURIFIERS = {
-    "LangevinPurifier": (
-        "{steps} Langevin steps of size {step_size:g} at temperature {temperature:g}, {precision}"
-    ),
-    "NoPurifier": "none",
-    "GaussianNoise": "Gaussian noise of standard deviation {std:g}",
-    "BitDepth": "pixels in steps of 1/{levels}",
-    "Jpeg": "JPEG of quality {quality}",
-    "TotalVariation": "total variation denoising of weight {weight:g}",
-    "MedianFilter": "median of {size} × {size} pixels",
-}
-"""Purifiers in words, by their class."""
-
-
 def defense_caption(settings: dict[str, Any]) -> str:
     """Return what purifies, and in which precision verdicts are passed; old runs do not tell."""
     verdicts = f"; verdicts in {settings['verdicts']}" if "verdicts" in settings else ""
-    return f"Purifier: {purifier_caption(settings['purifier'])}{verdicts}"
-
-
-def purifier_caption(settings: dict[str, Any]) -> str:
-    """Return a purifier's name and numbers, as `purifier_settings` gives them."""
-    if settings["kind"] in PURIFIERS:
-        return PURIFIERS[settings["kind"]].format(**settings)
-    plain = ((k, v) for k, v in settings.items() if isinstance(v, float | int))
-    numbers = ", ".join(f"{k} {v:g}" for k, v in plain if not isinstance(v, bool))
-    return f"{settings['kind']} {numbers}".strip()
+    return f"Purifier: {registry.caption(settings['purifier'])}{verdicts}"

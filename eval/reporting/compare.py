@@ -15,7 +15,7 @@ from ebm_defense.errors import UsageError
 from ebm_defense.eval.judging.paired import mcnemar, unpaired
 from ebm_defense.eval.judging.statistics import CONFIDENCE, Share
 from ebm_defense.eval.reporting import latex
-from ebm_defense.eval.reporting.captions import attack_details, purifier_caption, verdict_caption
+from ebm_defense.eval.reporting.captions import attack_details, verdict_caption
 from ebm_defense.eval.reporting.flags import Flag
 from ebm_defense.eval.reporting.page import render
 from ebm_defense.eval.reporting.plots import FIGURES, draw_figures, inline_svg
@@ -27,6 +27,7 @@ from ebm_defense.eval.reporting.report import (
     stands_column,
 )
 from ebm_defense.files import writable_folder, write_text
+from ebm_defense.purifiers.registry import caption
 
 LEVEL = 1.0 - CONFIDENCE
 CLEAN, NONE = "clean", "–"
@@ -197,7 +198,7 @@ class Comparison:
     def footnote(self) -> str:
         """Return everything the numbers depend on, in sentences, and what the marks mean."""
         purifiers = "; ".join(
-            f"{r.name}: {purifier_caption(r.settings['defense']['purifier'])}" for r in self.reports
+            f"{r.name}: {caption(r.settings['defense']['purifier'])}" for r in self.reports
         )
         parts = [*self._measured(), f"Purifiers: {purifiers}.", COST_NOTE, _counts(self.reports)]
         return " ".join(filter(None, [*parts, self._tests(), *self._flag_notes()]))

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.files import atomic
-from ebm_defense.langevin import Trace
 from ebm_defense.noise import KeyedNoise, chain_keys
-from ebm_defense.purifiers.base import LangevinPurifier
+from ebm_defense.purifiers.base import Purifier
 
 MOMENTS = (0, 10, 50, 100, 200, 500, 1000, 1500, 2000)
 RIGHT, WRONG, PLAIN = "#1f883d", "#d1453b", "#6e7781"
@@ -24,14 +23,14 @@ Strip = list[tuple[str, Tensor]]
 """Rows of a film strip: a name and images `[n, C, H, W]` in [0, 1]."""
 
 
-def film_strip(purifier: LangevinPurifier, images: Tensor, seed: int = 0) -> Strip:
+@torch.no_grad()
+def film_strip(purifier: Purifier, images: Tensor, seed: int = 0) -> Strip:
     """Purify images and return them after K = 0, 10, 50, … steps, one replicate each."""
-    steps = purifier.settings.steps
-    moments = sorted({k for k in MOMENTS if k < steps} | {steps})
+    last = purifier.chain_steps
+    moments = sorted({k for k in MOMENTS if k < last} | {last})
     keys = chain_keys(seed, "film strip", range(len(images)), range(1))[0].to(images.device)
-    trace = Trace()
-    purifier.purify(images, KeyedNoise(keys), trace=trace, snapshots=moments)
-    return [(f"K = {k}", (trace.snapshots[k] + 1.0) / 2.0) for k in moments]
+    seen = purifier.on_the_way(images, KeyedNoise(keys), moments)
+    return [(f"K = {k}" if len(seen) > 1 else "purified", x) for k, x in sorted(seen.items())]
 
 
 def purification_rows(
@@ -39,11 +38,7 @@ def purification_rows(
 ) -> Strip:
     """Return the rows of `purification.png`: original, adversarial, and on its way to purified."""
     rows: Strip = [("original", originals), ("adversarial", adversarial)]
-    if isinstance(defense.purifier, LangevinPurifier):
-        return rows + film_strip(defense.purifier, adversarial, seed)
-    keys = chain_keys(seed, "film strip", range(len(adversarial)), range(1))
-    with torch.no_grad():
-        return [*rows, ("purified", defense.purify_replicates(adversarial, keys)[0])]
+    return rows + film_strip(defense.purifier, adversarial, seed)
 
 
 def draw_strip(

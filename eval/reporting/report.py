@@ -25,7 +25,7 @@ from ebm_defense.eval.reporting.flags import Evidence, Flag, raise_flags
 from ebm_defense.eval.runner import attack_column
 from ebm_defense.eval.storage.run_folder import Done
 from ebm_defense.files import writable_folder, write_text
-from ebm_defense.purifiers.base import NoPurifier
+from ebm_defense.purifiers.registry import kind_of
 
 WORST_OF_ALL = "worst of all"
 DEFINED_ON = (
@@ -155,7 +155,8 @@ class Report:
         return lines
 
     def _model(self) -> str:
-        bare = self.settings["defense"]["purifier"]["kind"] == NoPurifier.__name__
+        kind = kind_of(self.settings["defense"]["purifier"])
+        bare = kind is not None and kind.identity
         return "undefended" if bare else "defended"
 
     def caption(self) -> str:

@@ -21,7 +21,7 @@ from ebm_defense.eval.speed.roofline import LAYOUTS, Ceilings, Work, product_wor
 from ebm_defense.langevin import LangevinSettings, run_chain
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.precision.names import resolve_precision
-from ebm_defense.purifiers.base import LangevinPurifier
+from ebm_defense.purifiers.langevin import LangevinPurifier
 from ebm_defense.runtime.timing import Clock, alternate, peak_memory
 
 PUBLISHED, PUBLISHED_EPS = "published", 0.01

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.eval.protocols.protocol import Protocol
-from ebm_defense.eval.storage.plain import describe
 from ebm_defense.fingerprint import digest, fingerprint
-from ebm_defense.purifiers.base import LangevinPurifier
+from ebm_defense.serialize import describe
 
 PACKAGES = ("ebm-defense", "torch", "torchvision", "numpy", "scipy")
 
@@ -41,7 +40,7 @@ def judge_settings(defense: PurifiedClassifier, images: Tensor) -> dict[str, Any
     return {
         "average": defense.average,
         "weights": fingerprint(defense),
-        "purifier": purifier_settings(defense, images) | _randomness(defense),
+        "purifier": defense.purifier.record(images) | _randomness(defense),
         "verdicts": defense.resolved_verdict_precision(images),
     }
 
@@ -49,17 +48,6 @@ def judge_settings(defense: PurifiedClassifier, images: Tensor) -> dict[str, Any
 def _randomness(defense: PurifiedClassifier) -> dict[str, bool]:
     """Return what was found of a defense whose purifier calls itself deterministic."""
     return {} if defense.purifier.stochastic else {"stochastic": defense.stochastic}
-
-
-def purifier_settings(defense: PurifiedClassifier, images: Tensor) -> dict[str, Any]:
-    """Return the purifier's name and numbers, as plain values."""
-    purifier = defense.purifier
-    settings: dict[str, Any] = {"kind": type(purifier).__name__}
-    if isinstance(purifier, LangevinPurifier):
-        settings |= describe(purifier.settings) | {"kind": "LangevinPurifier"}
-        settings["precision"] = purifier.resolved_precision(images)
-    plain = {k: v for k, v in vars(purifier).items() if isinstance(v, int | float | str)}
-    return settings | {k: v for k, v in plain.items() if k not in ("training", "precision")}
 
 
 def environment() -> dict[str, Any]:

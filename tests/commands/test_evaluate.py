@@ -12,7 +12,7 @@ from ebm_defense import load_defense
 from ebm_defense.commands.evaluate import Evaluate
 from ebm_defense.eval import get_protocol
 from ebm_defense.fingerprint import fingerprint
-from ebm_defense.purifiers.base import Jpeg, NoPurifier
+from ebm_defense.purifiers.baselines import Jpeg, NoPurifier
 
 SMALL = ("--data", "digits", "--images", 6, "--steps", 2, "--replicates", 2)
 

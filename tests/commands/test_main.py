@@ -55,7 +55,7 @@ def test_settings_file_holds_options_and_refuses_unknown_keys(run, tmp_path: Pat
     file.write_text("imagse = 3\n")
     status, _, err = run("evaluate", f"--config={file}")
     assert status == 2
-    assert "unknown key 'imagse'" in err
+    assert "imagse: unknown key" in err
     file.write_text('images = "many"\n')
     assert "images" in run("evaluate", "--config", file)[2]
     assert run("evaluate", "--config", tmp_path / "none.toml")[0] == 2

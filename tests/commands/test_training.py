@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from ebm_defense.files import save_tensors
-from ebm_defense.weights import read_settings
+from ebm_defense.folders import read_settings
 
 ENERGY = (
     *("train-ebm", "--data", "digits", "--images", 60, "--width", 2, "--bank", 30, "--batch", 10),

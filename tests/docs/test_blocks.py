@@ -17,7 +17,7 @@ import pytest
 
 from ebm_defense.commands import evaluate as evaluate_command
 from ebm_defense.commands.main import COMMANDS, parse
-from ebm_defense.weights import shipped_folder
+from ebm_defense.folders import shipped_folder
 
 ROOT = Path(__file__).parents[2]
 PAGES = [

@@ -11,13 +11,8 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.functional import hvp
 
-from ebm_defense.energies.conv import (
-    ConvEnergy,
-    ConvEnergySettings,
-    QuadraticEnergy,
-    SoftLeakyReLU,
-    channels_last,
-)
+from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, SoftLeakyReLU, channels_last
+from ebm_defense.energies.quadratic import QuadraticEnergy
 from ebm_defense.errors import UsageError
 
 PUBLISHED = {

@@ -12,7 +12,7 @@ from ebm_defense.data import Images
 from ebm_defense.eval import corruptions as module
 from ebm_defense.eval.corruptions import evaluate_corruptions, mean_interval
 from ebm_defense.eval.judging.statistics import share
-from ebm_defense.purifiers.base import GaussianNoise
+from ebm_defense.purifiers.baselines import GaussianNoise
 
 FEW = {"corruptions": ["brightness", "fog"], "severities": (1, 5), "replicates": 2}
 

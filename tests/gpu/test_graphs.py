@@ -7,7 +7,8 @@ import logging
 import pytest
 import torch
 
-from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, QuadraticEnergy
+from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
+from ebm_defense.energies.quadratic import QuadraticEnergy
 from ebm_defense.engine import cuda_graphs
 from ebm_defense.engine.report import fell_back
 from ebm_defense.langevin import LangevinSettings, Trace, run_chain

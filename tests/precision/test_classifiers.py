@@ -11,6 +11,7 @@ from torch import nn
 from ebm_defense import PurifiedClassifier, load_defense
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.judging.judge import Stream, draw_logits
+from ebm_defense.folders import shipped
 from ebm_defense.noise import chain_keys
 from ebm_defense.precision import classifiers as module
 from ebm_defense.precision.classifiers import (
@@ -22,8 +23,7 @@ from ebm_defense.precision.classifiers import (
     compare,
 )
 from ebm_defense.precision.findings import look_up
-from ebm_defense.purifiers.base import BitDepth, GaussianNoise
-from ebm_defense.weights import shipped
+from ebm_defense.purifiers.baselines import BitDepth, GaussianNoise
 
 CPU = torch.device("cpu")
 

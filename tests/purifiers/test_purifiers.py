@@ -14,23 +14,23 @@ from PIL import Image
 from scipy.ndimage import median_filter
 from skimage.restoration import denoise_tv_chambolle
 
-from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, QuadraticEnergy
+from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
+from ebm_defense.energies.quadratic import QuadraticEnergy
 from ebm_defense.errors import UsageError
 from ebm_defense.langevin import LangevinSettings, Trace, run_chain
 from ebm_defense.noise import GeneratorNoise, KeyedNoise, chain_keys
-from ebm_defense.purifiers.base import (
+from ebm_defense.purifiers.base import Purifier
+from ebm_defense.purifiers.baselines import (
     BitDepth,
-    ForeignPurifier,
     GaussianNoise,
     Jpeg,
-    LangevinPurifier,
     MedianFilter,
     NoPurifier,
-    Purifier,
     TotalVariation,
-    as_purifier,
-    baseline,
 )
+from ebm_defense.purifiers.foreign import ForeignPurifier, as_purifier
+from ebm_defense.purifiers.langevin import LangevinPurifier
+from ebm_defense.purifiers.registry import baseline
 
 quick = settings(deadline=None, max_examples=25, derandomize=True)
 SPECS = ("none", "gaussian:0.25", "jpeg:75", "bits:3", "tv:0.1", "median:3")

@@ -22,7 +22,9 @@ from ebm_defense.attacks.gradients.chains import groups_of
 from ebm_defense.engine.derivatives import arithmetic, hessian_product, vjp
 from ebm_defense.eval import evaluate
 from ebm_defense.noise import KeyedNoise, chain_keys
-from ebm_defense.purifiers.base import GaussianNoise, NoPurifier, SteppedPurifier, baseline
+from ebm_defense.purifiers.base import SteppedPurifier
+from ebm_defense.purifiers.baselines import GaussianNoise, NoPurifier
+from ebm_defense.purifiers.registry import baseline
 
 DRIFT_STEP, TEMPERATURE = 0.3, 0.5  # a drift of 0.09
 

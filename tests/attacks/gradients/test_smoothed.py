@@ -16,7 +16,8 @@ from ebm_defense.attacks.optimisers.pgd import PGD
 from ebm_defense.energies.conv import SoftLeakyReLU
 from ebm_defense.engine.derivatives import hessian_product
 from ebm_defense.noise import KeyedNoise, chain_keys
-from ebm_defense.purifiers.base import NoPurifier, Purifier, SteppedPurifier
+from ebm_defense.purifiers.base import Purifier, SteppedPurifier
+from ebm_defense.purifiers.baselines import NoPurifier
 
 SLOPE, PIXELS = 0.05, 16
 

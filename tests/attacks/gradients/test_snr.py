@@ -13,7 +13,8 @@ from ebm_defense.attacks import CrossEntropy, Full
 from ebm_defense.attacks.gradients.base import GradientEstimate
 from ebm_defense.attacks.gradients.snr import compare, eot_signal
 from ebm_defense.noise import KeyedNoise
-from ebm_defense.purifiers.base import GaussianNoise, NoPurifier, baseline
+from ebm_defense.purifiers.baselines import GaussianNoise, NoPurifier
+from ebm_defense.purifiers.registry import baseline
 
 IMAGES, SIZE = 64, 8
 

@@ -18,7 +18,8 @@ from ebm_defense.attacks import (
     make_gradient,
 )
 from ebm_defense.noise import chain_keys
-from ebm_defense.purifiers.base import NoPurifier, baseline
+from ebm_defense.purifiers.baselines import NoPurifier
+from ebm_defense.purifiers.registry import baseline
 
 SIZE = 8
 

@@ -10,7 +10,7 @@ from ebm_defense.attacks import DiffHammer, Identity, Margin, ThreatModel
 from ebm_defense.attacks.gradients.base import Purified
 from ebm_defense.attacks.optimisers.diffhammer import Selective, agreement, each_loss, first_choice
 from ebm_defense.noise import chain_keys
-from ebm_defense.purifiers.base import GaussianNoise
+from ebm_defense.purifiers.baselines import GaussianNoise
 
 THREAT = ThreatModel(eps=0.5)
 # Three replicates of one image of two pixels: two agree, one is alone with a steeper slope.

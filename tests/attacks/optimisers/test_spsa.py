@@ -8,7 +8,7 @@ from ebm_defense.attacks import SPSA, CrossEntropy, Identity, Margin, ScoreFree,
 from ebm_defense.attacks.gradients.score_free import _keys, _signs
 from ebm_defense.defense import as_defense
 from ebm_defense.noise import chain_keys
-from ebm_defense.purifiers.base import GaussianNoise
+from ebm_defense.purifiers.baselines import GaussianNoise
 
 EPS = 0.05
 

@@ -10,7 +10,7 @@ from ebm_defense.attacks.optimisers.square import Incumbent, width
 from ebm_defense.attacks.optimisers.square_proposals import PROPOSALS
 from ebm_defense.defense import as_defense
 from ebm_defense.noise import KeyedNoise
-from ebm_defense.purifiers.base import GaussianNoise
+from ebm_defense.purifiers.baselines import GaussianNoise
 
 LAST_OF_A_SHARE = [10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000]
 

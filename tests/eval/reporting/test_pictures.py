@@ -11,7 +11,7 @@ from PIL import Image
 
 from ebm_defense import LangevinPurifier, PurifiedClassifier, QuadraticEnergy
 from ebm_defense.eval.reporting.pictures import draw_strip, film_strip, purification_rows
-from ebm_defense.purifiers.base import NoPurifier
+from ebm_defense.purifiers.baselines import NoPurifier
 
 
 def purifier(steps: int) -> LangevinPurifier:

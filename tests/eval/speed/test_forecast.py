@@ -11,7 +11,7 @@ from ebm_defense.attacks import PGD, ThreatModel
 from ebm_defense.eval import Protocol
 from ebm_defense.eval.runner import Job, planned_steps
 from ebm_defense.eval.speed.forecast import forecast
-from ebm_defense.purifiers.base import GaussianNoise
+from ebm_defense.purifiers.baselines import GaussianNoise
 
 
 class Foreign(Purifier):

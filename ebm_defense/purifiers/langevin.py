@@ -1,0 +1,166 @@
+"""Long-run Langevin dynamics on an energy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ebm_defense.engine import Energy, prepare_product
+from ebm_defense.engine.derivatives import hessian_product
+from ebm_defense.errors import UsageError
+from ebm_defense.langevin import LangevinSettings, Trace, run_chain
+from ebm_defense.noise import KeyedNoise, Noise, chain_keys
+from ebm_defense.precision.chains import checked_precision
+from ebm_defense.precision.findings import versions
+from ebm_defense.precision.names import PRECISIONS, resolve_precision
+from ebm_defense.purifiers.base import Plain, PreparedVjp, SteppedPurifier
+
+
+class LangevinPurifier(SteppedPurifier):
+    """Long-run Langevin dynamics on an energy (Hill, Mitchell, Zhu 2021, eq. 4).
+
+    Args:
+        energy: maps `[N, C, H, W]` in [-1, 1] to `[N]`; any `nn.Module` or function.
+        steps: K ≥ 0.
+        step_size: ε > 0, in [-1, 1] pixel units.
+        temperature: T > 0; the defaults are the published update for CIFAR-10.
+        precision: one of `PRECISIONS`, for the energy's inner activations, or "auto": bf16
+            where it is fast and chains in it were shown to purify as fp32 ones do, which is
+            looked up or checked at the first purification (see `ebm_defense.precision.chains`).
+            float64 images always keep float64.
+
+    Raises:
+        UsageError: a setting out of range.
+    """
+
+    caption = (
+        "{steps} Langevin steps of size {step_size:g} at temperature {temperature:g}, {precision}"
+    )
+    options = ("precision",)
+
+    def __init__(
+        self,
+        energy: Energy,
+        steps: int = 1500,
+        step_size: float = 0.01,
+        temperature: float = 5e-5,
+        precision: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.settings = LangevinSettings(steps=steps, step_size=step_size, temperature=temperature)
+        allowed = ("auto", *PRECISIONS)
+        if precision not in allowed:
+            raise UsageError(f"precision is {precision!r}; choose one of {', '.join(allowed)}.")
+        self.energy, self.precision = energy, precision
+        self._checked: dict[tuple[Any, ...], str] = {}
+
+    @property
+    def numbers(self) -> dict[str, Plain]:
+        return asdict(self.settings)
+
+    def record(self, images: Tensor) -> dict[str, Any]:
+        chosen = {"precision": self.resolved_precision(images)}
+        return super().record(images) | self.numbers | chosen
+
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        shape = getattr(self.energy, "settings", None)
+        size = getattr(shape, "image_size", None)
+        return None if size is None else (getattr(shape, "channels", 3), size, size)
+
+    def curvature(self, images: Tensor, direction: Tensor) -> Tensor:
+        return hessian_product(self.energy, self.enter(images), direction)
+
+    def gradients(self, images: Tensor) -> tuple[str, ...]:
+        one = images[:1].detach()
+        direction = KeyedNoise(chain_keys(0, "direction", range(len(one)), range(1))[0])
+        curved = self.curvature(one, direction.normal(0, one)).any()
+        return ("full", "bpda") if curved else ("smoothed", "bpda")
+
+    def shortened(self, steps: int) -> LangevinPurifier:
+        """Return the chain of fewer, larger steps of the same total time Σε².
+
+        Raises:
+            UsageError: it takes fewer steps itself.
+        """
+        if steps > self.chain_steps:
+            raise UsageError(
+                f"the surrogate's {steps} steps are more than the defense's {self.chain_steps}; "
+                "give it fewer."
+            )
+        chain = self.settings
+        longer = chain.step_size * math.sqrt(chain.steps / steps)
+        return LangevinPurifier(self.energy, steps, longer, chain.temperature, self.precision)
+
+    @property
+    def chain_steps(self) -> int:  # type: ignore[override]
+        return self.settings.steps
+
+    def purify(
+        self,
+        images: Tensor,
+        noise: Noise,
+        *,
+        trace: Trace | None = None,
+        snapshots: Collection[int] = (),
+    ) -> Tensor:
+        """Run the chain from `images`; `trace` and `snapshots` are as in `run_chain`."""
+        x = run_chain(
+            self.enter(images),
+            noise,
+            energy=self.energy,
+            settings=self.settings,
+            precision=self.resolved_precision(images),
+            trace=trace,
+            snapshots=snapshots,
+        )
+        return self.leave(x)
+
+    def enter(self, images: Tensor) -> Tensor:
+        return images * 2.0 - 1.0
+
+    def leave(self, x: Tensor) -> Tensor:
+        return (x + 1.0) / 2.0
+
+    def advance(self, x: Tensor, noise: Noise, steps: range) -> Tensor:
+        return run_chain(
+            x,
+            noise,
+            energy=self.energy,
+            settings=replace(self.settings, steps=len(steps)),
+            precision=self.resolved_precision(x),
+            first=steps.start,
+        )
+
+    def vjp_step(self, cotangent: Tensor, x: Tensor, noise: Noise, step: int) -> Tensor:
+        return cotangent - self.settings.drift * hessian_product(self.energy, x, cotangent)
+
+    def prepared_vjp(self, x: Tensor, precision: str) -> PreparedVjp | None:
+        if type(self).vjp_step is not LangevinPurifier.vjp_step:
+            return None
+        resolved = resolve_precision(precision, x.device, x.dtype)
+        product, drift = prepare_product(self.energy, x, resolved), self.settings.drift
+        if product is None:
+            return None
+        return lambda g, x, lent: torch.sub(g, product(x, g, lent), alpha=drift)
+
+    def resolved_precision(self, images: Tensor) -> str:
+        """Return the precision that these images would be purified in; see `precision`.
+
+        With "auto" the first call for an energy that nothing is known of takes some seconds.
+        """
+        if self.precision != "auto":
+            return resolve_precision(self.precision, images.device, images.dtype)
+        about = (images.device, images.dtype, self.settings, *versions(self.energy))
+        if about not in self._checked:
+            self._checked = {about: checked_precision(self.energy, images, self.settings)}
+        return self._checked[about]
+
+    def extra_repr(self) -> str:
+        s = self.settings
+        return f"steps={s.steps}, step_size={s.step_size}, temperature={s.temperature}"
