@@ -31,6 +31,8 @@ from sphinx.util.nodes import nested_parse_with_titles
 from ebm_defense.commands.main import COMMANDS
 
 LOG = getLogger(__name__)
+UNSAID = ("", "None", "()", "False")
+"""Defaults that say nothing."""
 ROOMS = ("ebm_defense", "ebm_defense.attacks", "ebm_defense.eval")
 SPAN = re.compile(r"(?<![`:])`([^`\n]+(?:\n[^`\n]+)?)`(?![`_])")
 
@@ -74,7 +76,7 @@ def command_lines(name: str) -> list[str]:
     options = [
         line
         for option in option_docs(cls)
-        for line in (f"``{option.words}``", f"   {as_rst(option.doc)}", "")
+        for line in (option.words, f"   {as_rst(option.doc)}", "")
     ]
     return [title, "-" * len(title), "", *doc, "", *options]
 
@@ -99,9 +101,9 @@ def option_docs(cls: type[Any]) -> Iterator[Option]:
 def _words(field: ast.AnnAssign) -> str:
     name = f"--{ast.unparse(field.target).replace('_', '-')}"
     if "Positional" in ast.unparse(field.annotation):
-        return name.removeprefix("--").upper()
+        return f"``{name.removeprefix('--').upper()}``"
     default = "" if field.value is None else ast.unparse(field.value)
-    return name if default in ("", "None", "()", "False") else f"{name} (default: {default})"
+    return f"``{name}``" + (f" (``{default}``)" if default not in UNSAID else "")
 
 
 def described(room: str, name: str, value: Any) -> list[str]:
