@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,16 +12,17 @@ import torch
 import tyro
 from torch import nn
 
+from ebm_defense.commands.factories import make_module, scaled_classifier
 from ebm_defense.commands.options import (
     Device,
-    make_module,
     make_purifier,
     put_on,
     resolve_device,
     write_settings,
 )
+from ebm_defense.commands.photos import Photos, wanted_by
 from ebm_defense.commands.sweep import grid
-from ebm_defense.data import dataset, load_data
+from ebm_defense.data import dataset
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.eval import Protocol, Report, evaluate, get_protocol, load_protocol
@@ -60,6 +61,7 @@ class Evaluate:
     """Data set."""
     data_root: Path | None = None
     """Where the data set lies."""
+    photos: Photos = field(default_factory=Photos)
     split: str = "test"
     """train, val or test."""
     images: int = 40
@@ -101,9 +103,16 @@ class Evaluate:
     """How replicates are averaged: logits, softmax, log_softmax or votes."""
     classifier: str | None = None
     """Another classifier: undefended, which the defense keeps beside its own, or one of yours,
-    package.module:factory, [0, 1] images to logits."""
+    package.module:factory or package.module:factory(argument=value), [0, 1] images to logits."""
     classifier_weights: Path | None = None
-    """The state_dict of your classifier."""
+    """Its weights: a state_dict, bare or in what surrounds it, or FILE:NAME of one of several."""
+    mean: tuple[float, ...] | None = None
+    """Mean of your classifier's normalisation, one number or one a channel, in [0, 1] units; as
+    timm says of its models if not given, else none."""
+    std: tuple[float, ...] | None = None
+    """Its standard deviation."""
+    size: int | None = None
+    """Height and width that your classifier wants, if not the images' own."""
     energy: str | None = None
     """An energy of your own: package.module:factory, [N, C, H, W] in [-1, 1] to [N]."""
     energy_weights: Path | None = None
@@ -138,9 +147,10 @@ class Evaluate:
 
     def _one(self) -> int:
         device = resolve_device(self.device)
-        data = load_data(self.data, self.split, self.images, root=self.data_root)
         defense = put_on(self.make_defense(), device)
-        images, labels = data.images.to(device), data.labels.to(device)
+        wanted = wanted_by(defense)
+        source = self.photos.open(self.data, self.split, self.data_root, wanted)
+        images, labels = (part.to(device) for part in source.take(self.images))
         protocol = self._protocol(partial(fitting_gradient, defense, images))
         if self.dry_run:
             job = Job(
@@ -154,8 +164,7 @@ class Evaluate:
         )
         if workers.leads:
             write_settings(out, self, COMMAND)
-            classes = dataset(self.data).classes
-            draw_breaks(defense, report, out / "purification.png", classes)
+            draw_breaks(defense, report, out / "purification.png", source.classes)
             print(f"\n{report.to_text()}\nEverything was saved in {out}")
         return 0
 
@@ -232,7 +241,8 @@ class Evaluate:
         """Return the classifier behind the purifier, and the one that is shown as undefended."""
         if self.classifier not in (None, UNDEFENDED):
             own = make_module(self.classifier, self.classifier_weights, "classifier")
-            return own, own
+            scaled = scaled_classifier(own, self.mean, self.std, self.size)
+            return scaled, scaled
         shipped = load_defense(self.defense)
         behind = shipped.classifier if self.classifier is None else shipped.undefended
         return behind, shipped.undefended

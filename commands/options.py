@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tomli_w
 import torch
 from torch import nn
 
+from ebm_defense.commands.factories import factory
 from ebm_defense.errors import UsageError
 from ebm_defense.files import write_text
 from ebm_defense.folders import DEFENSE, shipped_folder
 from ebm_defense.purifiers.base import Purifier
 from ebm_defense.purifiers.foreign import as_purifier
 from ebm_defense.purifiers.registry import PURIFIERS, baseline
-from ebm_defense.state_dicts import load_weights
 from ebm_defense.weights import load_purifier
 
 M = TypeVar("M", bound=nn.Module)
@@ -63,34 +62,6 @@ def put_on(module: M, device: torch.device) -> M:
     return module.to(device)
 
 
-def factory(spec: str) -> Any:
-    """Import `package.module:name`, where name is a callable.
-
-    Raises:
-        UsageError: another form, or nothing of that name.
-    """
-    module, colon, name = spec.partition(":")
-    if not colon:
-        raise UsageError(f"{spec!r} must have the form package.module:factory.")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"{spec!r} cannot be imported ({error}).") from error
-    if not callable(found):
-        raise UsageError(f"{spec!r} is not callable; name a function or class that makes the part.")
-    return found
-
-
-def make_module(spec: str, weights: Path | None, what: str) -> nn.Module:
-    """Call a user's factory without arguments, and load a state_dict into what it makes."""
-    module = factory(spec)()
-    if not isinstance(module, nn.Module):
-        raise UsageError(f"{spec} made no nn.Module for the {what}, but {type(module).__name__}.")
-    if weights is not None:
-        load_weights(module, weights)
-    return module.eval()
-
-
 def make_purifier(spec: str, steps: int | None = None) -> Purifier:
     """Make a purifier from a shipped name, a folder, a baseline ("jpeg:75") or module:factory.
 
@@ -101,19 +72,6 @@ def make_purifier(spec: str, steps: int | None = None) -> Purifier:
         return load_purifier(spec, **({} if steps is None else {"steps": steps}))
     kind, colon, _ = spec.partition(":")
     return as_purifier(factory(spec)()) if colon and kind not in PURIFIERS else baseline(spec)
-
-
-class Wanted(NamedTuple):
-    """The images that a purifier was made for: channels, and height and width; None where any."""
-
-    channels: int | None
-    size: int | None
-
-
-def wanted_by(purifier: Purifier) -> Wanted:
-    """Return what images a purifier takes, if it is that particular."""
-    shape = purifier.image_shape
-    return Wanted(None, None) if shape is None else Wanted(shape[0], shape[1])
 
 
 SETTINGS = "settings.toml"

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from ebm_defense.commands.options import (
     Device,
-    Wanted,
     make_purifier,
     put_on,
     resolve_device,
-    wanted_by,
 )
+from ebm_defense.commands.photos import Wanted, wanted_by
 from ebm_defense.data.folder import photos_in
 from ebm_defense.data.photos import SUFFIXES, Framing, photo_size, read_photo
 from ebm_defense.errors import UsageError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tomllib
 from collections.abc import Collection
 from pathlib import Path
@@ -43,11 +42,11 @@ def _refuse_changes(out: Path, command: Any, fixed: Collection[str]) -> None:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{out / SETTINGS} is damaged ({error}); name another folder.") from error
     now = plain(command)
-    defaults = {f.name: f.default for f in dataclasses.fields(command)}
+    usual = plain(type(command)(out=out))
     for name in sorted(fixed):
         # What is absent was not given, or is an option that a former version had not.
         before, value = begun.get(name), now.get(name)
-        if value != before and not (before is None and value == defaults[name]):
+        if value != before and not (before is None and value == usual.get(name)):
             option = f"--{name.replace('_', '-')}"
             said = f"without {option}" if before is None else f"with {option} {before}"
             raise UsageError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,8 +18,9 @@ from ebm_defense.commands.options import (
     resolve_device,
     write_settings,
 )
+from ebm_defense.commands.photos import Photos, Wanted, wanted_by
 from ebm_defense.commands.resume import CHECKPOINT, checkpoint_of
-from ebm_defense.data import Images, dataset, load_data
+from ebm_defense.data import Images, dataset
 from ebm_defense.energies.conv import channels_last
 from ebm_defense.files import load_plain, save_state, save_tensors, writable_folder
 from ebm_defense.folders import CLASSIFIER
@@ -33,7 +34,9 @@ VALIDATION_IMAGES = 1_000
 MEAN, STD = 0.5, 0.5
 """The normalisation that it learns behind."""
 
-FIXED = {"data", "images", "depth", "widen", "init", "purified", "purify_steps", "seed"}
+FIXED = {
+    "data", "photos", "images", "depth", "widen", "init", "purified", "purify_steps", "seed",
+}  # fmt: skip
 """Options that a checkpoint holds the outcome of."""
 
 
@@ -51,6 +54,7 @@ class TrainClassifier:
     """Data set whose training split is learned and whose validation split is measured."""
     data_root: Path | None = None
     """Where the data set lies."""
+    photos: Photos = field(default_factory=Photos)
     images: int | None = None
     """Learn from a stratified sample of this many images; all if not given."""
     depth: int = 10
@@ -114,9 +118,10 @@ class TrainClassifier:
         out = writable_folder(self.out)
         checkpoint = checkpoint_of(out, self, FIXED)
         purifier = make_purifier(self.purified, self.purify_steps) if self.purified else None
-        train = load_data(self.data, "train", self.images, root=self.data_root)
-        held_out = self._validation()
-        classifier = self._classifier(train, len(dataset(self.data).classes)).to(device)
+        wanted = wanted_by(purifier) if purifier is not None else Wanted()
+        source = self.photos.open(self.data, "train", self.data_root, wanted)
+        train, held_out = source.take(self.images), self._validation(wanted)
+        classifier = self._classifier(train, len(source.classes)).to(device)
         images = train.images if purifier is None else self._copies(train.images, purifier, out)
         trainer = ClassifierTrainer(
             classifier, images, train.labels, recipe, self.precision, self._perturb()
@@ -137,11 +142,9 @@ class TrainClassifier:
         threat = ThreatModel(norm="Linf", eps=self.adversarial_eps)
         return TrainingPerturbation(threat=threat, steps=self.adversarial_steps)
 
-    def _validation(self) -> Images:
-        everything = load_data(self.data, "val", root=self.data_root)
-        if len(everything.labels) <= VALIDATION_IMAGES:
-            return everything
-        return load_data(self.data, "val", VALIDATION_IMAGES, root=self.data_root)
+    def _validation(self, wanted: Wanted) -> Images:
+        source = self.photos.open(self.data, "val", self.data_root, wanted)
+        return source.take(min(len(source.labels), VALIDATION_IMAGES))
 
     def _classifier(self, train: Images, classes: int) -> nn.Module:
         settings = WideResNetSettings(

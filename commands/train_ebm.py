@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -14,8 +14,8 @@ from ebm_defense.commands.options import (
     resolve_device,
     write_settings,
 )
+from ebm_defense.commands.photos import Photos
 from ebm_defense.commands.resume import CHECKPOINT, checkpoint_of
-from ebm_defense.data import load_data
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, channels_last
 from ebm_defense.errors import UsageError
 from ebm_defense.files import save_tensors, writable_folder, write_text
@@ -27,7 +27,7 @@ from ebm_defense.state_dicts import about, load_weights
 
 PICTURED = 16
 
-FIXED = {"data", "images", "width", "activation", "init", "bank", "seed"}
+FIXED = {"data", "photos", "images", "width", "activation", "init", "bank", "seed"}
 """Options that a checkpoint holds the outcome of."""
 
 
@@ -45,6 +45,7 @@ class TrainEbm:
     """Data set whose training split is learned."""
     data_root: Path | None = None
     """Where the data set lies."""
+    photos: Photos = field(default_factory=Photos)
     images: int | None = None
     """Learn from a stratified sample of this many images; all if not given."""
     width: int = 32
@@ -126,7 +127,8 @@ class TrainEbm:
         recipe, device = self.recipe(), resolve_device(self.device)
         out = writable_folder(self.out)
         checkpoint = checkpoint_of(out, self, FIXED)
-        images = load_data(self.data, "train", self.images, root=self.data_root).images
+        opened = self.photos.open(self.data, "train", self.data_root, labelled=False)
+        images = opened.take(self.images).images
         energy = self._energy(images).to(device)
         trainer = EnergyTrainer(energy, images, recipe, self.precision)
         if checkpoint is not None:

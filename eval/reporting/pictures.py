@@ -72,7 +72,8 @@ def draw_strip(
             axis.spines[:].set_color(PLAIN)
             if verdicts is not None:
                 right = None if labels is None else bool(verdicts[i] == labels[i])
-                text = classes[verdicts[i]] if classes else str(verdicts[i])
+                named = verdicts[i] < len(classes)
+                text = classes[verdicts[i]] if named else str(verdicts[i])
                 axis.set_xlabel(text, fontsize=8, color=_colour(right), labelpad=2)
         side = {"rotation": 0, "ha": "right", "va": "center", "labelpad": 6}
         line[0].set_ylabel(name, fontsize=9, color=PLAIN, **side)
