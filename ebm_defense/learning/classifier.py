@@ -16,6 +16,7 @@ from ebm_defense.errors import UsageError
 from ebm_defense.files import load_plain, save_state
 from ebm_defense.images import PURIFIED, check_images, check_labels, check_training_images
 from ebm_defense.learning.checkpoints import refuse_another
+from ebm_defense.modes import in_eval_mode, modules_of
 from ebm_defense.precision.names import resolve_precision
 
 Copies = Callable[[int], Tensor]
@@ -203,6 +204,7 @@ def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor, batch: int =
     """Return the share of images `[N, C, H, W]` in [0, 1] that the classifier gets right."""
     device = next(classifier.parameters()).device
     right = 0
-    for x, y in zip(images.split(batch), labels.split(batch), strict=True):
-        right += int((classifier(x.to(device)).argmax(1).cpu() == y).sum())
+    with in_eval_mode(modules_of(classifier)):
+        for x, y in zip(images.split(batch), labels.split(batch), strict=True):
+            right += int((classifier(x.to(device)).argmax(1).cpu() == y).sum())
     return right / max(len(labels), 1)

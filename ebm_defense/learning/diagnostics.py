@@ -13,6 +13,7 @@ from ebm_defense.engine import Energy
 from ebm_defense.files import atomic
 from ebm_defense.langevin import LangevinSettings, Trace, run_chain
 from ebm_defense.learning.energy import Update
+from ebm_defense.modes import in_eval_mode, modules_of
 from ebm_defense.noise import KeyedNoise, chain_keys
 
 LAGS = 50
@@ -58,14 +59,15 @@ def long_chains(
     longest = LangevinSettings(
         steps=max(lengths), step_size=settings.step_size, temperature=settings.temperature
     )
-    run_chain(
-        images,
-        KeyedNoise(keys),
-        energy=energy,
-        settings=longest,
-        trace=trace,
-        snapshots={0, *lengths},
-    )
+    with in_eval_mode(modules_of(energy)):
+        run_chain(
+            images,
+            KeyedNoise(keys),
+            energy=energy,
+            settings=longest,
+            trace=trace,
+            snapshots={0, *lengths},
+        )
     return trace.snapshots
 
 

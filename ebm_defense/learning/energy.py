@@ -17,6 +17,7 @@ from ebm_defense.images import check_training_images
 from ebm_defense.langevin import LangevinSettings, Trace, run_chain
 from ebm_defense.learning.bank import Start, noisy_data, visit
 from ebm_defense.learning.checkpoints import refuse_another
+from ebm_defense.modes import in_eval_mode, modules_of
 from ebm_defense.noise import GeneratorNoise
 from ebm_defense.state_dicts import about
 
@@ -153,14 +154,16 @@ class EnergyTrainer:
     def _sample(self, states: Tensor) -> tuple[Tensor, float]:
         trace = Trace()
         noise = GeneratorNoise(self.generator)
-        ends = run_chain(
-            states,
-            noise,
-            energy=self.energy,
-            settings=self.recipe.langevin,
-            precision=self.precision,
-            trace=trace,
-        )
+        # A chain is of one energy: dropout or batch statistics would make it another every step.
+        with in_eval_mode(modules_of(self.energy)):
+            ends = run_chain(
+                states,
+                noise,
+                energy=self.energy,
+                settings=self.recipe.langevin,
+                precision=self.precision,
+                trace=trace,
+            )
         return ends, float(torch.stack(trace.gradient_norm).mean())
 
     def _descend(self, loss: Tensor) -> None:

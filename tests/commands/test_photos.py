@@ -13,6 +13,7 @@ from PIL import Image
 from ebm_defense.commands.factories import factory, make_module, scaled_classifier
 from ebm_defense.commands.photos import Photos, Wanted, wanted_by
 from ebm_defense.errors import UsageError
+from ebm_defense.purifiers.registry import baseline
 from ebm_defense.weights import load_defense
 
 QUICK = ("--images", 4, "--steps", 1, "--replicates", 1, "--judge-replicates", 2)
@@ -81,7 +82,7 @@ def test_an_energy_needs_no_classes(run, tmp_path: Path) -> None:
 
 def test_a_defense_says_what_images_it_wants(tiny_defense) -> None:
     assert wanted_by(load_defense(tiny_defense)) == Wanted(1, 8)
-    assert wanted_by(torch.nn.Flatten()) == Wanted(None, None)
+    assert wanted_by(baseline("jpeg:75")) == Wanted(None, None)
     with pytest.raises(UsageError, match="takes 8x8 images"):
         Photos(crop=9).open("folder", "test", Path(), Wanted(1, 8))
 

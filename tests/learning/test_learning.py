@@ -24,6 +24,7 @@ from ebm_defense.learning.classifier import (
     _shift,
     accuracy,
 )
+from ebm_defense.learning.diagnostics import long_chains
 from ebm_defense.learning.energy import DivergedError, EnergyRecipe, EnergyTrainer
 from ebm_defense.noise import GeneratorNoise
 
@@ -526,6 +527,51 @@ def test_labels_unlike_the_images_are_refused():
     images = load_data("digits").images[:20]
     with pytest.raises(UsageError, match="labels must be 20 integers"):
         ClassifierTrainer(small_classifier(), images, torch.zeros(19).long(), ClassifierRecipe())
+
+
+# Modes
+
+
+class Fickle(nn.Module):
+    """An energy with batch statistics, dropout and a spectral norm, all of which modes change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.utils.spectral_norm(nn.Conv2d(1, 4, 3, 2))
+        self.norm, self.drop, self.line = nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.line(self.drop(self.norm(self.conv(x)).mean((2, 3))))[:, 0]
+
+
+def test_chains_are_of_one_energy_whatever_its_mode_which_stays():
+    """Chains of learning sample the energy in evaluation; the weights' update keeps its mode."""
+    modes = []
+    energy = Fickle()
+    energy.register_forward_hook(lambda module, *_: modes.append(module.drop.training))
+    chain = LangevinSettings(steps=3, step_size=0.05, temperature=1e-2)
+    recipe = EnergyRecipe(updates=1, batch=4, bank=8, langevin=chain)
+    trainer = EnergyTrainer(energy, load_data("digits", limit=20).images, recipe, "fp32")
+    list(trainer.run())
+    assert modes == [False] * (len(modes) - 2) + [True] * 2
+    assert len(modes) >= 5
+    assert all(module.training for module in energy.modules())
+
+
+def test_looking_at_a_model_changes_neither_its_mode_nor_its_buffers():
+    energy, images = Fickle(), load_data("digits", limit=8).images
+    classifier = nn.Sequential(nn.BatchNorm2d(1), nn.Dropout(0.5), nn.Flatten(), nn.Linear(64, 10))
+    before = {k: v.clone() for m in (energy, classifier) for k, v in m.state_dict().items()}
+    settings = LangevinSettings(steps=2, step_size=0.05, temperature=1e-2)
+    first, again = (long_chains(energy, images * 2 - 1, settings, (2,), 0)[2] for _ in range(2))
+    assert torch.equal(first, again)
+    labels = torch.zeros(8, dtype=torch.int64)
+    assert accuracy(classifier, images, labels) == accuracy(classifier, images, labels)
+    after = {k: v for m in (energy, classifier) for k, v in m.state_dict().items()}
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert energy.training
+    assert classifier.training
 
 
 # Learning a classifier
