@@ -44,6 +44,7 @@ COMMANDS: dict[str, Entry] = {
     "diagnose": Entry("diagnose", "Diagnose", "say whether an energy's chains converge"),
     "assemble": Entry("assemble", "Assemble", "put trained parts together into a defense folder"),
     "bench": Entry("bench", "Bench", "measure Langevin steps a second on this machine"),
+    "doctor": Entry("doctor", "Doctor", "say what this machine has, and check what it computes"),
     "checkpoints": Entry("checkpoints", "Checkpoints", "list, verify and import defenses"),
 }
 

@@ -13,6 +13,7 @@ from ebm_defense.engine.base import Curvature, Energy, EnergyGradient, Engine, H
 from ebm_defense.engine.convolutional import ConvGradient, supports
 from ebm_defense.engine.product import ConvProduct
 from ebm_defense.engine.report import fell_back
+from ebm_defense.engine.trust import trusted
 from ebm_defense.errors import UsageError
 from ebm_defense.runtime.memory import is_full
 
@@ -61,6 +62,8 @@ def prepare(energy: Energy, x: Tensor, precision: str, engine: str = "auto") -> 
         raise UsageError(f"engine is {name!r}; choose one of auto, {', '.join(ENGINES)}.")
     if not ENGINES[name].supports(energy, x, precision):
         raise UsageError(f"the engine {name} does not support {_kind(energy)} here; use auto.")
+    if name != "autograd" and not trusted(x.device, f"gradient in {precision}"):
+        return AutogradGradient(energy, precision)
     try:
         return ENGINES[name].prepare(energy, x, precision)
     except (RuntimeError, NotImplementedError, AttributeError) as error:
@@ -72,6 +75,8 @@ def prepare_product(energy: Energy, x: Tensor, precision: str) -> HessianProduct
     """Return ∇²U·v for a chain's states such as x, or None where only autograd knows it."""
     name = choose_engine(energy, x, precision)
     product = ENGINES[name].product
+    if product is not None and not trusted(x.device, "Hessian product"):
+        return None
     try:
         return product and product(energy, x, precision)
     except (RuntimeError, NotImplementedError, AttributeError) as error:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ebm_defense.engine.base import EnergyGradient, Mover
 from ebm_defense.engine.report import fell_back
+from ebm_defense.engine.trust import trusted
 from ebm_defense.noise import KeyedNoise, Noise
 from ebm_defense.runtime.memory import is_full
 
@@ -219,6 +220,8 @@ def run_graphed(
     if x.device.type != "cuda" or not keyed or signature is None or not len(x) or not steps:
         return 0
     assert isinstance(noise, KeyedNoise)
+    if not trusted(x.device, "graphs"):
+        return 0
     if not CAPTURES.lock.acquire(blocking=False):
         return 0
     try:

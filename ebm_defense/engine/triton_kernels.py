@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ebm_defense.engine.report import fell_back
+from ebm_defense.engine.trust import trusted
 from ebm_defense.noise import KeyedNoise
 
 try:
@@ -25,6 +26,7 @@ try:
 except ImportError:
     triton = None
 
+VERSION = "none" if triton is None else triton.__version__
 BLOCK = 1024
 
 if triton is not None:
@@ -68,7 +70,7 @@ if triton is not None:
 @cache
 def works(device: torch.device) -> bool:
     """Whether both kernels run on a device and agree with torch's own operations, tried once."""
-    if triton is None or device.type != "cuda":
+    if triton is None or device.type != "cuda" or not trusted(device, "Triton"):
         return False
     try:
         agrees = agrees_with_torch(device)

@@ -62,7 +62,7 @@ def keep(key: str, finding: Any) -> None:
         with atomic(path) as partial:
             partial.write_text(json.dumps({key: asdict(finding)}), encoding="utf-8")
     except OSError as error:
-        _log.warning("the finding on bf16 cannot be kept in %s (%s).", path, error.strerror)
+        _log.warning("a finding cannot be kept in %s (%s).", path, error.strerror)
 
 
 def versions(network: object) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from ebm_defense.engine import cuda_graphs, triton_kernels
+from ebm_defense.engine import cuda_graphs, triton_kernels, trust
 
 COUNT = 2
 PLAIN = frozenset({"dim", "size", "is_contiguous", "element_size", "numel", "stride", "data_ptr",
@@ -284,6 +284,7 @@ def gpus(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(cuda_graphs, "CAPTURES", cuda_graphs.Captures())
     monkeypatch.setattr(triton_kernels, "works", lambda device: False)
+    monkeypatch.setattr(trust, "_failed", lambda device: frozenset())
     GPU.__dict__.update(current=0, recording=None, replays=0, captures=0, peak=2**20, free=2**30)
     overwritten = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
