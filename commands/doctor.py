@@ -16,6 +16,7 @@ from ebm_defense.data.published import DEBIAN_FASHION_MNIST
 from ebm_defense.engine import triton_kernels
 from ebm_defense.eval.storage.settings import environment
 from ebm_defense.files import write_text
+from ebm_defense.folders import shipped, shipped_folder
 from ebm_defense.precision.devices import (
     CHECKS,
     SelfCheck,
@@ -25,7 +26,6 @@ from ebm_defense.precision.devices import (
     sentence,
 )
 from ebm_defense.precision.names import resolve_precision
-from ebm_defense.weights import shipped, shipped_folder
 
 TRACES: dict[str, tuple[str, ...]] = {
     "fashion-mnist": ("FashionMNIST/raw",),

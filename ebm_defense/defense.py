@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ebm_defense.engine.derivatives import arithmetic
+from ebm_defense.engine.derivatives import arithmetic, vjp
 from ebm_defense.errors import UsageError
 from ebm_defense.folders import save_defense
 from ebm_defense.images import PROBED, check_images
@@ -225,12 +225,8 @@ class PurifiedClassifier(nn.Module):
         """
         keys = keys.to(images.device)
         prepared = self.purifier.prepared(images.detach())
-
-        def purify_some(rows: Tensor, k: Tensor) -> Tensor:
-            return self.purifier.purify(prepared[rows], KeyedNoise(k))
-
+        self.measure_chains(images, keys)
         with in_eval_mode(modules_of(self.purifier)):
-            self.packing.measure(purify_some, keys)
             for attempt in self.packing.tries():
                 with attempt:
                     parts = [images[:0]]
@@ -238,6 +234,26 @@ class PurifiedClassifier(nn.Module):
                         ends = self.purifier.purify(prepared[rows], KeyedNoise(k))
                         parts.append(straight_through(images[rows], ends.to(images.dtype)))
         return torch.cat(parts).view(*keys.shape, *images.shape[1:])
+
+    def measure_chains(self, images: Tensor, keys: Tensor) -> None:
+        """Find once, on a GPU, how many chains its memory holds at a time.
+
+        What is counted is a chain, the gradient of the classifier behind it, and a product of a
+        gradient through it: the largest of what an attack has at a time.
+
+        Args:
+            images: `[b, C, H, W]` in [0, 1].
+            keys: of the chains to come, `[r, b]`, on their device.
+        """
+        prepared = self.purifier.prepared(images.detach())
+
+        def all_that_is_done(rows: Tensor, k: Tensor) -> None:
+            purified = self.purifier.purify(prepared[rows], KeyedNoise(k))
+            vjp(lambda x: self.classify(x).sum(), purified, purified.new_ones(()))
+            self.purifier.probe_vjp(purified, KeyedNoise(k))
+
+        with torch.no_grad(), in_eval_mode(modules_of(self.purifier)):
+            self.packing.measure(all_that_is_done, keys)
 
     def classify_replicates(self, purified: Tensor) -> Tensor:
         """Map purified replicates `[r, b, C, H, W]` to logits `[r, b, classes]`, in chunks."""

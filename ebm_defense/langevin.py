@@ -6,7 +6,7 @@ faster. Everything here is in the energy's own [-1, 1] units.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -156,19 +156,50 @@ def run_chain(
     """
     precision = resolve_precision(precision, x.device, x.dtype)
     gradient = prepare(energy, x, precision, engine)
-    steps, move = range(first, first + settings.steps), settings.move
-    noise = drawn_at(x.device, noise, len(x))
+    steps, noise = range(first, first + settings.steps), drawn_at(x.device, noise, len(x))
     start, state = x.detach(), State(x.detach().clone(), first)
-    graphed = 0 if trace is not None else run_graphed(state.x, noise, steps, gradient, move)
-    for take in moves(move, noise, steps[graphed:], state.x):
-        if trace is not None:
-            trace.snapshot(state, snapshots)
-        state, info = langevin_step(state, take, gradient, with_energy=trace is not None)
-        if trace is not None:
-            trace.record(info, state.x - start, settings)
-    if trace is not None:
+    if trace is None:
+        return advance(state, noise, steps, gradient, settings.move).x
+    for take in moves(settings.move, noise, steps, state.x):
         trace.snapshot(state, snapshots)
+        state, info = langevin_step(state, take, gradient, with_energy=True)
+        trace.record(info, state.x - start, settings)
+    trace.snapshot(state, snapshots)
     return state.x
+
+
+def advance(
+    state: State, noise: Noise, steps: range, gradient: EnergyGradient, move: Move
+) -> State:
+    """Take steps, writing over the positions: by a captured graph where there is one."""
+    if run_graphed(state.x, noise, steps, gradient, move):
+        return State(state.x, steps.stop)
+    for take in moves(move, noise, steps, state.x):
+        state, _ = langevin_step(state, take, gradient)
+    return state
+
+
+def chain_states(
+    x: Tensor,
+    noise: Noise,
+    stops: Sequence[int],
+    *,
+    energy: Energy,
+    settings: LangevinSettings,
+    precision: str = "fp32",
+    first: int = 0,
+) -> list[Tensor]:
+    """Run a chain from step `first` and return copies of x at the numbers of steps in `stops`.
+
+    The states are `run_chain`'s, whose arguments these are; the network is prepared once for all.
+    """
+    gradient = prepare(energy, x, resolve_precision(precision, x.device, x.dtype))
+    noise, found = drawn_at(x.device, noise, len(x)), []
+    state = State(x.detach().clone(), first)
+    for stop in stops:
+        state = advance(state, noise, range(state.step, stop), gradient, settings.move)
+        found.append(state.x.clone())
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

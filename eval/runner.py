@@ -35,6 +35,9 @@ from ebm_defense.eval.workers import ALONE, Workers
 from ebm_defense.noise import derive_seed
 
 SHARD = 32
+STEPS_AT_RISK = 500_000_000
+"""Chain-steps of one batch at most, about ten minutes of a large GPU: shards are saved as their
+batch ends, and a kill loses the batch that it meets."""
 Columns = dict[str, Sequence[object]]
 
 
@@ -185,12 +188,14 @@ def _run_shards(
 def shards_at_once(job: Job) -> int:
     """Return how many shards are run as one batch: as many as fill the chains that run at a time.
 
-    So a GPU is not left with the few chains of one shard's last standing images. Noise belongs to
-    an image, so the records do not depend on it.
+    So a GPU is not left with the few chains of one shard's last standing images; but no more than
+    may be lost. Noise belongs to an image, so the records do not depend on it.
     """
     most = max(attack.replicates for attack in job.protocol.attacks)
     chains = SHARD * len(attack_replicates(most, job.defense))
-    return max(1, job.defense.packing.aim(job.images.device) // chains)
+    filling = job.defense.packing.aim(job.images.device) // chains
+    safe = STEPS_AT_RISK // (SHARD * max(planned_steps(job), 1))
+    return max(1, min(filling, safe))
 
 
 def _counted(job: Job, ids: Sequence[int], meter: Meter) -> Done:

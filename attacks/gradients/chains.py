@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -65,7 +65,7 @@ class Chain:
         for group, start in reversed(list(zip(self.groups, self.kept, strict=True))):
             # A single block needs no state but its start; one chain's end is replayed all the same.
             replays = len(group) > 1 or after is self.end
-            states = _states(self.purifier, start, self.noise, group) if replays else [start]
+            states = self.purifier.states(start, self.noise, group) if replays else [start]
             if replays:
                 refuse_mismatch(states.pop(), after, f" at step {group[-1].stop}", tolerance)
             for block, x in reversed(list(zip(group, states, strict=True))):
@@ -79,20 +79,9 @@ def run(
     purifier: SteppedPurifier, images: Tensor, noise: Noise, groups: list[list[range]]
 ) -> Chain:
     """Run the purifier's own chain from images `[b, C, H, W]`, keeping each group's first state."""
-    x, kept = purifier.enter(images), list[State]()
-    for group in groups:
-        kept.append(x)
-        x = purifier.advance(x, noise, range(group[0].start, group[-1].stop))
-    return Chain(purifier=purifier, noise=noise, images=images, groups=groups, kept=kept, end=x)
-
-
-def _states(
-    purifier: SteppedPurifier, start: State, noise: Noise, group: Sequence[range]
-) -> list[State]:
-    states = [start]
-    for block in group:
-        states.append(purifier.advance(states[-1], noise, block))
-    return states
+    spans = [range(group[0].start, group[-1].stop) for group in groups]
+    *kept, end = purifier.states(purifier.enter(images), noise, spans)
+    return Chain(purifier=purifier, noise=noise, images=images, groups=groups, kept=kept, end=end)
 
 
 def refuse_mismatch(replayed: State, stored: State, where: str, tolerance: float) -> None:

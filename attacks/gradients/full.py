@@ -82,7 +82,9 @@ class ChainGradient(VjpGradient):
         """
         refuse_without_gradient(defense.purifier)
         start = images.detach().to(working_dtype(images.dtype))
-        chunks = defense.chunks(keys.to(start.device))
+        keys = keys.to(start.device)
+        defense.measure_chains(start, keys)
+        chunks = defense.chunks(keys)
         with torch.no_grad():
             held = keys.numel() * _state_size(defense.purifier, start)
             parts = [

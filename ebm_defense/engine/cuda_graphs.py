@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Hashable
 from typing import Any, NamedTuple
@@ -69,6 +70,8 @@ class Captured:
         # One of this device's: torch's own is made once a process, on whichever device was current.
         self.stream = torch.cuda.Stream(x.device)
         self.used: torch.cuda.Event | None = None
+        # The chain whose weights the buffers hold: it may come for a piece at a time.
+        self.given = weakref.ref(gradient)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._capture(x)
 
@@ -82,8 +85,10 @@ class Captured:
         if self.used is not None:
             torch.cuda.current_stream(x.device).wait_event(self.used)
         self._write(x, keys, steps.start)
-        for own, new in zip(self.gradient.reads, gradient.reads, strict=True):
-            own.copy_(new)
+        if self.given() is not gradient:
+            for own, new in zip(self.gradient.reads, gradient.reads, strict=True):
+                own.copy_(new)
+            self.given = weakref.ref(gradient)
         self._replay(len(steps))
         # Asking makes the host wait, which short runs, as of gradients through chains, must not.
         if len(steps) >= SEGMENT and int(self.number) != steps.stop:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ebm_defense import __version__
-from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, QuadraticEnergy, SoftLeakyReLU
+from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, SoftLeakyReLU
+from ebm_defense.energies.quadratic import QuadraticEnergy
 from ebm_defense.engine import prepare, prepare_product, triton_kernels
 from ebm_defense.engine.cuda_graphs import Captured
 from ebm_defense.engine.derivatives import hessian_product

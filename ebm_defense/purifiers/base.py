@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, get_type_hints
 
 import torch
@@ -103,6 +103,11 @@ class Purifier(nn.Module):
         """Return images as `purify` wants them: half precision in float32."""
         return images.to(working_dtype(images.dtype))
 
+    def probe_vjp(self, images: Tensor, noise: Noise) -> None:
+        """Go back through one step at images such as these, if gradients through the purifier do:
+        the memory that it takes is measured.
+        """
+
     @classmethod
     def arguments(cls) -> dict[str, Any]:
         """Return its constructor's arguments, those in `options` aside, with their types."""
@@ -190,6 +195,13 @@ class SteppedPurifier(Purifier):
     def advance(self, x: State, noise: Noise, steps: range) -> State:
         """Return the state after these consecutive steps, from the state before them."""
         raise NotImplementedError
+
+    def states(self, x: State, noise: Noise, blocks: Sequence[range]) -> list[State]:
+        """Return the state x before consecutive blocks of steps, and the state after each."""
+        found = [x]
+        for block in blocks:
+            found.append(self.advance(found[-1], noise, block))
+        return found
 
     def vjp_step(self, cotangent: State, x: State, noise: Noise, step: int) -> State:
         """Return cotangentᵀ·∂x_{step+1}/∂x_step at the state x before that step."""

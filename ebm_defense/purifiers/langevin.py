@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ebm_defense.engine import Energy, prepare_product
 from ebm_defense.engine.derivatives import hessian_product
 from ebm_defense.errors import UsageError
-from ebm_defense.langevin import LangevinSettings, Trace, run_chain
+from ebm_defense.langevin import LangevinSettings, Trace, chain_states, run_chain
 from ebm_defense.noise import KeyedNoise, Noise, chain_keys
 from ebm_defense.precision.chains import checked_precision
 from ebm_defense.precision.findings import versions
@@ -137,6 +137,20 @@ class LangevinPurifier(SteppedPurifier):
             first=steps.start,
         )
 
+    def states(self, x: Tensor, noise: Noise, blocks: Sequence[range]) -> list[Tensor]:
+        if type(self).advance is not LangevinPurifier.advance or not blocks:
+            return super().states(x, noise, blocks)
+        after = chain_states(
+            x,
+            noise,
+            [block.stop for block in blocks],
+            energy=self.energy,
+            settings=self.settings,
+            precision=self.resolved_precision(x),
+            first=blocks[0].start,
+        )
+        return [x, *after]
+
     def vjp_step(self, cotangent: Tensor, x: Tensor, noise: Noise, step: int) -> Tensor:
         return cotangent - self.settings.drift * hessian_product(self.energy, x, cotangent)
 
@@ -148,6 +162,14 @@ class LangevinPurifier(SteppedPurifier):
         if product is None:
             return None
         return lambda g, x, lent: torch.sub(g, product(x, g, lent), alpha=drift)
+
+    def probe_vjp(self, images: Tensor, noise: Noise) -> None:
+        x = self.enter(images)
+        prepared = self.prepared_vjp(x, "fp32")
+        if prepared is None:
+            self.vjp_step(x, x, noise, 0)
+        else:
+            prepared(x, x, lambda z, slope: torch.ones_like(z))
 
     def resolved_precision(self, images: Tensor) -> str:
         """Return the precision that these images would be purified in; see `precision`.

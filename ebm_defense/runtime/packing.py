@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ebm_defense.engine.cuda_graphs import free_graphs
 from ebm_defense.errors import UsageError
 from ebm_defense.runtime.memory import is_full
 
@@ -18,6 +19,9 @@ Work = Callable[[Tensor, Tensor], object]
 """Purifies the chains of these image rows and keys."""
 
 USUAL, LARGEST, PROBE = 400, 16_384, 64
+READY = 4096
+"""Chains that are worth having ready for a GPU: one step of so many published ones takes it
+milliseconds, by its roofline, and its launches microseconds."""
 SHARE = 0.5
 """Of the free memory that chains may take; the rest is the classifier's and the attack's."""
 
@@ -58,22 +62,28 @@ class Packing:
 
     def aim(self, device: torch.device) -> int:
         """Return how many chains are worth having ready at a time, before or after measuring."""
-        return LARGEST if device.type == "cuda" and not self.measured else self.chains
+        if device.type != "cuda":
+            return self.chains
+        return min(READY, self.chains) if self.measured else READY
 
     def measure(self, work: Work, keys: Tensor) -> None:
         """Find the number once, from the memory that the first few chains of `keys` `[r, b]` take.
 
         Their result is thrown away: noise is a function of the keys, so nothing is lost.
+
+        Args:
+            work: all that is ever done with so many chains at a time, one after the other.
+            keys: of the chains to come.
         """
         if self.measured or keys.device.type != "cuda" or keys.numel() <= self.chains:
             return
         device, few = keys.device, min(PROBE, keys.numel())
         rows = torch.arange(few, device=device) % keys.shape[1]
-        torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         work(rows, keys.flatten()[:few])
         taken = max(torch.cuda.max_memory_allocated(device) - before, 1) / few
-        self.chains = chains_in(torch.cuda.mem_get_info(device)[0], taken)
+        self.chains = chains_in(free_memory(device), taken)
         self.measured = True
 
     def tries(self) -> Iterator[Try]:
@@ -88,6 +98,7 @@ class Packing:
             # Outside the handler, which would keep the failed work's tensors alive.
             self.halve(attempt.reason)
             if torch.cuda.is_available():
+                free_graphs()
                 torch.cuda.empty_cache()
             yield attempt
 
@@ -111,6 +122,12 @@ class Packing:
             )
         self.chains //= 2
         _log.warning("out of memory; %d chains run at a time from now on.", self.chains)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that torch may still use: the device's free ones, and those it keeps."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + kept)
 
 
 def chains_in(free: int, each: float) -> int:

@@ -263,6 +263,7 @@ def fake_cuda() -> dict[str, object]:
         "is_bf16_supported": lambda including_emulation=True: True,
         "reset_peak_memory_stats": lambda device=None: None,
         "memory_allocated": lambda device=None: 0,
+        "memory_reserved": lambda device=None: 0,
         "max_memory_allocated": lambda device=None: GPU.peak,
         "mem_get_info": lambda device=None: (GPU.free, 2 * GPU.free),
     }

@@ -9,7 +9,7 @@ import torch
 
 from ebm_defense import PurifiedClassifier, UsageError
 from ebm_defense.engine import ENGINES, Engine, prepare, prepare_product
-from ebm_defense.runtime.packing import LARGEST, USUAL, Packing, chains_in
+from ebm_defense.runtime.packing import LARGEST, READY, USUAL, Packing, chains_in
 
 
 class Small:
@@ -110,9 +110,9 @@ def test_other_errors_are_not_swallowed():
     assert packing.chains == 8
 
 
-def test_a_gpu_that_is_not_measured_yet_is_aimed_at_the_most_chains():
+def test_a_gpu_is_aimed_at_the_chains_that_keep_it_busy_if_they_fit():
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert Packing(None).aim(gpu) == LARGEST
+    assert Packing(None).aim(gpu) == Packing(LARGEST).aim(gpu) == READY
     assert Packing(None).aim(cpu) == USUAL
     assert Packing(37).aim(gpu) == Packing(37).aim(cpu) == 37
 
