@@ -8,12 +8,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ebm_defense.attacks.model_checks import classes_of, needs_gradient, refuse_without_slope
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
 from ebm_defense.inputs import read_batch
 from ebm_defense.modes import evaluating
-from ebm_defense.noise import chain_keys
 from ebm_defense.numbers import whole
 
 
@@ -195,71 +195,6 @@ class DirectCall:
                 defense.check_deterministic(images, again=True)
             ids, number = range(len(images)), whole(seed, "the seed")
             return attack.run(defense, images, labels, ids=ids, seed=number)
-
-
-def classes_of(defense: PurifiedClassifier, images: Tensor, labels: Tensor) -> int:
-    """Send one image through a model, and return how many classes it tells apart.
-
-    Raises:
-        UsageError: images that the model cannot take, or labels beyond its classes.
-    """
-    logits = _first_pass(defense, images[:1])
-    classes, highest = logits.shape[1], int(labels.max())
-    if classes < 2 or classes <= highest:
-        raise UsageError(
-            f"the model returned logits of {classes} classes, but the labels go up to {highest}; "
-            "it must return [N, classes], two columns where there are two classes."
-        )
-    return classes
-
-
-def _first_pass(defense: PurifiedClassifier, images: Tensor) -> Tensor:
-    keys = chain_keys(0, "first pass", range(len(images)), range(1))
-    try:
-        with torch.no_grad():
-            return defense.replicate_logits(images, keys)[0]
-    except UsageError:
-        raise
-    except Exception as error:  # a model is anybody's code, and may assert or raise anything
-        raise UsageError(
-            f"the model cannot take {images.dtype} images of shape {tuple(images.shape[1:])}: "
-            f"{_reason(error)}."
-        ) from error
-
-
-def needs_gradient(gradient: Any) -> bool:
-    """Whether a gradient is taken by differentiating the classifier, and not from its scores."""
-    return gradient is not None and not getattr(gradient, "from_scores", False)
-
-
-def refuse_without_slope(defense: PurifiedClassifier, images: Tensor) -> None:
-    """Refuse a classifier that nothing can be differentiated through.
-
-    Raises:
-        UsageError: its logits do not depend on the images, as far as torch knows.
-    """
-    with torch.enable_grad():
-        x = images.detach().clone().requires_grad_()
-        try:
-            logits = defense.classify(x)
-            found = torch.autograd.grad(logits.sum(), x, allow_unused=True)[0]
-        except UsageError:
-            raise
-        except Exception as error:
-            raise UsageError(NO_GRADIENT.format(f" ({_reason(error)})")) from error
-    if found is None:
-        raise UsageError(NO_GRADIENT.format(""))
-
-
-NO_GRADIENT = (
-    "the model has no gradient to attack with{}; use an attack that needs none, such as Square, or "
-    "replace what cannot be differentiated."
-)
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def attack_replicates(replicates: int, defense: PurifiedClassifier) -> range:

@@ -17,12 +17,13 @@ from ebm_defense.attacks.external.torchattacks_adapter import TorchattacksAttack
 from ebm_defense.attacks.external.transfer import SOURCES, Transfer
 from ebm_defense.attacks.gradients.registry import GRADIENTS
 from ebm_defense.attacks.losses import LOSSES, CrossEntropy, Loss
+from ebm_defense.attacks.norms import NORMS
 from ebm_defense.attacks.optimisers.apgd import APGD, TargetedAPGD
 from ebm_defense.attacks.optimisers.diffhammer import DiffHammer
 from ebm_defense.attacks.optimisers.pgd import PGD
 from ebm_defense.attacks.optimisers.spsa import SPSA
 from ebm_defense.attacks.optimisers.square import Square
-from ebm_defense.attacks.threat import NORMS, ThreatModel
+from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.errors import UsageError
 from ebm_defense.weights import load_defense
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ebm_defense.attacks.base import DirectCall, Judge, Proposal, attack_replicates, lenient
 from ebm_defense.attacks.gradients.base import Gradient, GradientEstimate
 from ebm_defense.attacks.losses import Loss
-from ebm_defense.attacks.threat import per_image
+from ebm_defense.attacks.norms import per_image
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import KeyedNoise, chain_keys, working_dtype

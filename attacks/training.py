@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ebm_defense.attacks.threat import NORMS, ThreatModel
+from ebm_defense.attacks.norms import NORMS
+from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.errors import UsageError
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from ebm_defense.attacks import spec
 from ebm_defense.attacks.checks import check_replicates
 from ebm_defense.attacks.external.one_shot import Crafted, OneShotAttack
-from ebm_defense.attacks.threat import NORMS, ThreatModel
+from ebm_defense.attacks.norms import NORMS
+from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import derive_seed

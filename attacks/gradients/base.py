@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ebm_defense.attacks.base import NO_GRADIENT
 from ebm_defense.attacks.losses import Loss
+from ebm_defense.attacks.model_checks import NO_GRADIENT
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ebm_defense.attacks.norms import per_image
 from ebm_defense.attacks.session import QueryResult
-from ebm_defense.attacks.threat import ThreatModel, per_image
+from ebm_defense.attacks.threat import ThreatModel
 
 RISE = 0.75  # ρ: the share of rising steps below which a step is halved
 INERTIA = 0.75  # a: the share of the new move in a step

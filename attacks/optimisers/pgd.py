@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ebm_defense.attacks.norms import per_image
 from ebm_defense.attacks.optimisers.ascent import Ascent, Memory
-from ebm_defense.attacks.threat import per_image
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import working_dtype
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from ebm_defense.attacks.base import attack_replicates
 from ebm_defense.attacks.checks import check_budget, check_positive
 from ebm_defense.attacks.losses import Loss, Margin, refuse_targeted
+from ebm_defense.attacks.norms import per_image
 from ebm_defense.attacks.optimisers.ascent import attack_name
 from ebm_defense.attacks.optimisers.square_proposals import PROPOSALS, Proposals
 from ebm_defense.attacks.session import AttackSession, QueryResult, SessionAttack
-from ebm_defense.attacks.threat import ThreatModel, per_image
+from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import KeyedNoise, working_dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ebm_defense.attacks.base import classes_of
+from ebm_defense.attacks.model_checks import classes_of
 from ebm_defense.defense import PurifiedClassifier
 
 

@@ -17,7 +17,7 @@ from ebm_defense.attacks import (
 )
 from ebm_defense.attacks.catalogue import FAMILIES, Entry, library_attacks, takes
 from ebm_defense.attacks.losses import CrossEntropy
-from ebm_defense.attacks.threat import NORMS
+from ebm_defense.attacks.norms import NORMS
 
 LINF = ThreatModel(norm="Linf", eps=0.1)
 

@@ -9,8 +9,8 @@ from ebm_defense import UsageError
 from ebm_defense.attacks import ATTACKS, GRADIENTS, LOSSES, ThreatModel, make_attack
 from ebm_defense.attacks.catalogue import takes
 from ebm_defense.attacks.losses import takes_targets
+from ebm_defense.attacks.norms import NORMS
 from ebm_defense.attacks.spec import parse
-from ebm_defense.attacks.threat import NORMS
 
 EPS = {"Linf": 0.05, "L2": 0.3, "L1": 0.8}
 SMALL = {"steps": 2, "replicates": 2, "restarts": 1, "targets": 2, "review": 1}

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ebm_defense import UsageError
 from ebm_defense.attacks import ThreatModel
-from ebm_defense.attacks.threat import NORMS, fraction
+from ebm_defense.attacks.norms import NORMS
+from ebm_defense.attacks.threat import fraction
 from ebm_defense.noise import KeyedNoise
 
 SEEDS = st.integers(0, 2**31)

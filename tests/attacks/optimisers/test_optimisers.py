@@ -23,7 +23,7 @@ from ebm_defense.attacks import (
     ThreatModel,
 )
 from ebm_defense.attacks.base import lenient
-from ebm_defense.attacks.threat import NORMS
+from ebm_defense.attacks.norms import NORMS
 from ebm_defense.defense import as_defense
 from ebm_defense.eval import evaluate
 from ebm_defense.purifiers.baselines import GaussianNoise

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebm_defense._torchvision import torchvision
+from ebm_defense.attacks.norms import NORMS
 from ebm_defense.attacks.optimisers.square_proposals import PROPOSALS, bump, window
-from ebm_defense.attacks.threat import NORMS
 from ebm_defense.noise import KeyedNoise
 
 LIKE = torch.zeros(300, 3, 8, 10).double()

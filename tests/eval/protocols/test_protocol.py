@@ -9,7 +9,7 @@ from torch import nn
 import ebm_defense.attacks
 from ebm_defense import PurifiedClassifier, Purifier, UsageError
 from ebm_defense.attacks import PGD, CrossEntropy, ThreatModel, Transfer
-from ebm_defense.attacks.threat import NORMS
+from ebm_defense.attacks.norms import NORMS
 from ebm_defense.eval import (
     PROTOCOLS,
     OneStage,
