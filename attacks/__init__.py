@@ -9,7 +9,7 @@ from ebm_defense.attacks.external.torchattacks_adapter import TorchattacksAttack
 from ebm_defense.attacks.external.transfer import Transfer
 from ebm_defense.attacks.gradients.base import Gradient, Identity
 from ebm_defense.attacks.gradients.full import Full
-from ebm_defense.attacks.gradients.registry import GRADIENTS, make_gradient
+from ebm_defense.attacks.gradients.registry import GRADIENTS, Auto, make_gradient
 from ebm_defense.attacks.gradients.score_free import ScoreFree
 from ebm_defense.attacks.gradients.smoothed import Smoothed
 from ebm_defense.attacks.gradients.surrogate import Surrogate
@@ -32,6 +32,7 @@ __all__ = [
     "AdvGAN",
     "ArtAttack",
     "Attack",
+    "Auto",
     "CrossEntropy",
     "DiffHammer",
     "FoolboxAttack",

@@ -19,9 +19,9 @@ from common import Options, Result, main
 
 from ebm_defense import PurifiedClassifier, load_data, load_defense
 from ebm_defense.attacks import PGD, ThreatModel, Transfer
+from ebm_defense.attacks.gradients.registry import fitting_gradient
 from ebm_defense.data import Images
 from ebm_defense.eval import Protocol, compare, evaluate, load_run
-from ebm_defense.eval.protocols.presets import fitting_gradient
 from ebm_defense.purifiers.registry import baseline
 
 EPS = 0.1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ import torch
 import tyro
 from torch import nn
 
+from ebm_defense.attacks.gradients.registry import choose_auto
 from ebm_defense.commands.factories import make_module, scaled_classifier
 from ebm_defense.commands.options import (
     Device,
@@ -28,8 +28,6 @@ from ebm_defense.errors import UsageError
 from ebm_defense.eval import Protocol, Report, evaluate, get_protocol, load_protocol
 from ebm_defense.eval.load_run import load_run
 from ebm_defense.eval.protocols.overrides import override
-from ebm_defense.eval.protocols.presets import fitting_gradient
-from ebm_defense.eval.protocols.protocol import Through
 from ebm_defense.eval.reporting.captions import attack_caption
 from ebm_defense.eval.reporting.compare import compare
 from ebm_defense.eval.reporting.pictures import draw_strip, purification_rows
@@ -151,10 +149,11 @@ class Evaluate:
         wanted = wanted_by(defense)
         source = self.photos.open(self.data, self.split, self.data_root, wanted)
         images, labels = (part.to(device) for part in source.take(self.images))
-        protocol = self._protocol(partial(fitting_gradient, defense, images))
+        protocol = self._protocol()
         if self.dry_run:
+            chosen = choose_auto(protocol, defense, images)
             job = Job(
-                defense=defense, images=images, labels=labels, protocol=protocol, seed=self.seed
+                defense=defense, images=images, labels=labels, protocol=chosen, seed=self.seed
             )
             print(forecast(job))
             return 0
@@ -186,7 +185,7 @@ class Evaluate:
             raise UsageError("processes that share a run need its folder's name; give --out.")
         return self.out or default_folder()
 
-    def _protocol(self, through: Through) -> Protocol:
+    def _protocol(self) -> Protocol:
         budget: dict[str, Any] = {
             "norm": self.norm,
             "eps": self.eps,
@@ -201,7 +200,7 @@ class Evaluate:
             return self._from_file({k: v for k, v in budget.items() if v is not None})
         budget["eps"] = dataset(self.data).eps if self.eps is None else self.eps
         return override(
-            get_protocol(self.protocol, through=through, **budget),
+            get_protocol(self.protocol, **budget),
             self._chosen(),
             gradient=self.gradient,
             loss=self.loss,

@@ -19,21 +19,20 @@ from ebm_defense.commands.options import (
 from ebm_defense.data import dataset, load_data
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
-from ebm_defense.eval.protocols.presets import fitting_gradient
 from ebm_defense.eval.ranking import Contest, Field, Outcome, compete, ranking
 from ebm_defense.files import writable_folder, write_text
 from ebm_defense.purifiers.registry import caption
 from ebm_defense.weights import load_defense
 
 FITTING = {
-    "Smoothed": (
+    "smoothed": (
         "smoothed(width=0.3, stride=4)",
         "surrogate(steps=10, through=smoothed(width=0.3, stride=1))",
     ),
-    "Full": ("full", "surrogate(steps=10)"),
-    "Identity": ("bpda",),
+    "full": ("full", "surrogate(steps=10)"),
+    "bpda": ("bpda",),
 }
-"""The gradients that are tried where one of this kind goes through the purifier."""
+"""The gradients that are tried where one of this name fits the purifier best."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,4 +145,5 @@ class RankAttacks:
 
 def _fitting(defense: PurifiedClassifier, images: Any) -> tuple[str, ...]:
     """Return the names of the gradients that go through a purifier."""
-    return FITTING[type(fitting_gradient(defense, images)).__name__]
+    best = defense.purifier.gradients(images)[0]
+    return FITTING.get(best, (best,))

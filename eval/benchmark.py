@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +11,7 @@ from torch import Tensor
 
 from ebm_defense.data import dataset as known_dataset
 from ebm_defense.data import load_data
-from ebm_defense.defense import as_defense
 from ebm_defense.eval.evaluate import evaluate
-from ebm_defense.eval.protocols.presets import fitting_gradient
 from ebm_defense.eval.protocols.protocol import get_protocol
 from ebm_defense.eval.reporting.report import Report
 
@@ -74,7 +71,6 @@ def benchmark(
     )
     if isinstance(model, torch.nn.Module):
         model = model.to(device)
-    through = partial(fitting_gradient, as_defense(model), images)
-    chosen = get_protocol(protocol, through=through, norm=threat_model, eps=size)
+    chosen = get_protocol(protocol, norm=threat_model, eps=size)
     report = evaluate(model, images, labels, chosen, seed=seed, out=out)
     return Benchmark(report.share("clean").value, report.robust().value, report)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ebm_defense.attacks.base import Attack
+from ebm_defense.attacks.gradients.registry import choose_auto
 from ebm_defense.defense import as_defense
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.judging.check_model import check_model
@@ -20,8 +21,7 @@ from ebm_defense.eval.judging.sanity_checks import (
     save_sanity_checks,
 )
 from ebm_defense.eval.memory import chains_restored
-from ebm_defense.eval.protocols.presets import fitting_gradient
-from ebm_defense.eval.protocols.protocol import Protocol, Through, get_protocol
+from ebm_defense.eval.protocols.protocol import Protocol, get_protocol
 from ebm_defense.eval.reporting.flags import log_flags
 from ebm_defense.eval.reporting.report import Report, report_of
 from ebm_defense.eval.runner import Job, planned_steps, run
@@ -77,8 +77,8 @@ def evaluate(
     defense = as_defense(model)
     with evaluating(defense, protocol, attacks):
         classes = check_model(defense, images, labels)
-        through = partial(fitting_gradient, defense, images)
-        chosen = _protocol(protocol, attacks, judge_replicates, through).fitting(classes)
+        asked = _protocol(protocol, attacks, judge_replicates).fitting(classes)
+        chosen = choose_auto(asked, defense, images)
         number = whole(seed, "the seed")
         job = Job(defense=defense, images=images, labels=labels, protocol=chosen, seed=number)
         job.check(classes)
@@ -127,7 +127,6 @@ def _protocol(
     protocol: str | Protocol | None,
     attacks: Sequence[Attack] | None,
     judge_replicates: int | None,
-    through: Through,
 ) -> Protocol:
     if attacks is not None:
         if protocol is not None:
@@ -135,9 +134,7 @@ def _protocol(
         replicates = DEFAULT_JUDGE_REPLICATES if judge_replicates is None else judge_replicates
         return Protocol(name="custom", attacks=tuple(attacks), judge_replicates=replicates)
     named = (
-        protocol
-        if isinstance(protocol, Protocol)
-        else get_protocol(protocol or DEFAULT_PROTOCOL, through=through)
+        protocol if isinstance(protocol, Protocol) else get_protocol(protocol or DEFAULT_PROTOCOL)
     )
     if judge_replicates is None:
         return named

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,10 +25,23 @@ class GradientEstimate(NamedTuple):
 
 
 class Gradient(Protocol):
-    """One way to differentiate the defense; `name` stands in tables."""
+    """One way to differentiate the defense.
+
+    Attributes:
+        name: stands in tables.
+        through_chain: whether it goes back through the purifier's steps, and not around them.
+        own_curvature: whether it takes the energy's curvature as it is, so that without any it is
+            BPDA's.
+    """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def through_chain(self) -> bool: ...
+
+    @property
+    def own_curvature(self) -> bool: ...
 
     def __call__(
         self,
@@ -65,6 +78,9 @@ class Purified(NamedTuple):
 
 class VjpGradient:
     """A gradient that goes back through the purifier by a vector-Jacobian product of its own."""
+
+    through_chain: ClassVar[bool] = True
+    own_curvature: ClassVar[bool] = True
 
     def purify(self, defense: PurifiedClassifier, images: Tensor, keys: Tensor) -> Purified:
         """Purify `images` `[b, C, H, W]` with the noise of `keys` `[r, b]`."""
@@ -143,7 +159,10 @@ class Identity(VjpGradient):
     It costs the forward chain alone and holds none of its states.
     """
 
-    name: str = "BPDA"
+    name: str = field(default="BPDA", init=False)
+
+    through_chain = False
+    own_curvature = False
 
     def purify(self, defense: PurifiedClassifier, images: Tensor, keys: Tensor) -> Purified:
         with torch.no_grad():

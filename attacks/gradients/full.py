@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -172,7 +172,7 @@ class Full(ChainGradient):
     JPEG, median and total variation have no gradient and are refused.
     """
 
-    name: str = "full"
+    name: str = field(default="full", init=False)
 
 
 def _state_size(purifier: Purifier, images: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -38,7 +38,10 @@ class ScoreFree:
     samples: int = 1024
     delta: float = 0.01
 
-    name: str = "SPSA"
+    name: str = field(default="SPSA", init=False)
+
+    through_chain = False
+    own_curvature = False
     from_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -46,6 +46,8 @@ class Smoothed(ChainGradient):
     perturbation: float = 0.0
     draws: int = 1
 
+    own_curvature = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (0 < self.width < math.inf and 0 < self.last_width < math.inf):

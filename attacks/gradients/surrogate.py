@@ -36,6 +36,14 @@ class Surrogate:
             raise UsageError(f"a surrogate needs at least 1 step, not {self.steps}.")
 
     @property
+    def through_chain(self) -> bool:
+        return self.through.through_chain
+
+    @property
+    def own_curvature(self) -> bool:
+        return self.through.own_curvature
+
+    @property
     def name(self) -> str:
         return f"surrogate of {self.steps} steps, {self.through.name}"
 

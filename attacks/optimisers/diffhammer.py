@@ -46,7 +46,15 @@ class Selective:
     gradient: VjpGradient
     threat: ThreatModel
     sharpness: float
-    name: str = "selective"
+    name: str = field(default="selective", init=False)
+
+    @property
+    def through_chain(self) -> bool:
+        return self.gradient.through_chain
+
+    @property
+    def own_curvature(self) -> bool:
+        return self.gradient.own_curvature
 
     def chain_steps(self, defense: PurifiedClassifier, replicates: int = 1) -> int:
         every = replicates * defense.purifier.chain_steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -84,7 +84,7 @@ class OneStage:
     The rule under which Du, Hill, Cai (2026) validate final images.
     """
 
-    name: str = "one-stage"
+    name: str = field(default="one-stage", init=False)
 
     def suspects(self, logits: Tensor, labels: Tensor, combine: Combine) -> Tensor:
         return torch.ones_like(labels, dtype=torch.bool)
@@ -107,7 +107,7 @@ class TwoStage(OneStage):
     averaged, get wrong are drawn H times; the average of those fresh draws decides.
     """
 
-    name: str = "two-stage"
+    name: str = field(default="two-stage", init=False)
 
     def suspects(self, logits: Tensor, labels: Tensor, combine: Combine) -> Tensor:
         return _wrong(logits, labels, combine)

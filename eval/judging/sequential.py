@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -106,7 +106,7 @@ class Sequential:
     """
 
     alpha: float = 0.01
-    name: str = "sequential"
+    name: str = field(default="sequential", init=False)
 
     def __post_init__(self) -> None:
         if not 0.0 < self.alpha < 1.0:

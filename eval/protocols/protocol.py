@@ -14,13 +14,11 @@ import tomli_w
 
 from ebm_defense import attacks
 from ebm_defense.attacks import PGD, Attack, ThreatModel, Transfer
-from ebm_defense.attacks.gradients.base import Gradient
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.judging.rules import OneStage, Rule, TwoStage
 from ebm_defense.eval.judging.sequential import Sequential
 from ebm_defense.eval.protocols.presets import (
     STANDARD,
-    full_gradient,
     mefa_attack,
     standard_attacks,
     standard_kind,
@@ -153,10 +151,6 @@ class Budget:
         return dataclasses.replace(rule, alpha=self.alpha)
 
 
-Through = Callable[[], Gradient]
-"""Gives the gradient that goes through the chain of the defense at hand."""
-
-
 def _bpda(name: str, budget: Budget, transfer: bool, **preset: Any) -> Protocol:
     number = budget.over(norm="Linf", eps=PUBLISHED_EPS, **preset)
     pgd = PGD(
@@ -174,25 +168,25 @@ def _bpda(name: str, budget: Budget, transfer: bool, **preset: Any) -> Protocol:
     )
 
 
-def _hill2021(budget: Budget, through: Through) -> Protocol:
+def _hill2021(budget: Budget) -> Protocol:
     """BPDA+EOT as published by Hill, Mitchell, Zhu (2021), and their transfer attack."""
     preset = {"steps": 50, "replicates": 15, "judge_replicates": 150}
     return _bpda("hill2021", budget, transfer=True, **preset)
 
 
-def _lifecycle2022(budget: Budget, through: Through) -> Protocol:
+def _lifecycle2022(budget: Budget) -> Protocol:
     """BPDA+EOT as published by Hill et al. (2022, EBM Life Cycle) for CIFAR-10."""
     preset = {"steps": 50, "replicates": 48, "judge_replicates": 128}
     return _bpda("lifecycle2022", budget, transfer=False, **preset)
 
 
-def _quick(budget: Budget, through: Through) -> Protocol:
+def _quick(budget: Budget) -> Protocol:
     """The same attack in minutes on a CPU: a first impression, not a result for a paper."""
     preset = {"steps": 10, "replicates": 8, "judge_replicates": 32}
     return _bpda("quick", budget, transfer=False, **preset)
 
 
-def _mefa2026(budget: Budget, through: Through) -> Protocol:
+def _mefa2026(budget: Budget) -> Protocol:
     """PGD+EOT through every step of the chain, its last images validated once on the mean logits
     of 100 fresh replicates, as published by Du, Hill, Cai (2026, MEFA).
     """
@@ -209,7 +203,7 @@ def _mefa2026(budget: Budget, through: Through) -> Protocol:
     )
 
 
-def _standard(budget: Budget, through: Through) -> Protocol:
+def _standard(budget: Budget) -> Protocol:
     """Every kind of attack, the worst image by image, each on the images still standing: transfer,
     BPDA-PGD, APGD on cross-entropy and DLR, DiffHammer and targeted APGD through the chain, Square.
     """
@@ -219,14 +213,14 @@ def _standard(budget: Budget, through: Through) -> Protocol:
     sizes = (number["steps"], number["step_size"], number["replicates"])
     return Protocol(
         name="standard",
-        attacks=standard_attacks(threat, *sizes, through()),
+        attacks=standard_attacks(threat, *sizes),
         judge_replicates=number["judge_replicates"],
         verdict=budget.rule(Sequential()),
         ensemble=True,
     )
 
 
-PROTOCOLS: dict[str, Callable[[Budget, Through], Protocol]] = {
+PROTOCOLS: dict[str, Callable[[Budget], Protocol]] = {
     "quick": _quick,
     "hill2021": _hill2021,
     "lifecycle2022": _lifecycle2022,
@@ -235,18 +229,11 @@ PROTOCOLS: dict[str, Callable[[Budget, Through], Protocol]] = {
 }
 
 
-def get_protocol(
-    name: str,
-    *,
-    through: Through = full_gradient,
-    **budget: Any,
-) -> Protocol:
+def get_protocol(name: str, **budget: Any) -> Protocol:
     """Return a preset, with some of its numbers replaced.
 
     Args:
         name: a name in `PROTOCOLS`.
-        through: gives the gradient through the chain that "standard" attacks with, see
-            `fitting_gradient`; `Full` if not given.
         **budget: fields of `Budget`: norm, eps, steps, step_size, replicates, judge_replicates,
             verdict, alpha.
             A changed number shows in every table's footnote; the name stays.
@@ -262,7 +249,7 @@ def get_protocol(
             raise UsageError(
                 f"unknown protocol setting {key!r}; it has {', '.join(sorted(known))}."
             )
-    return PROTOCOLS[name](Budget(**budget), through)
+    return PROTOCOLS[name](Budget(**budget))
 
 
 def load_protocol(path: str | Path) -> Protocol:

@@ -19,10 +19,6 @@ from ebm_defense.eval.protocols.protocol import Protocol
 
 LOG = logging.getLogger("ebm_defense.eval")
 
-EXACT = "Full"
-"""The kind of gradient that goes through the energy's own curvature."""
-THROUGH = (EXACT, "Smoothed")
-"""Kinds of gradient that go through a chain, and not around it as BPDA does."""
 SAME = 0.05
 """Difference of logits, in their standard deviations, that rounding may make."""
 LEAST_COSINE = 0.1
@@ -78,10 +74,12 @@ Finding = Iterable[tuple[str, tuple[int, ...]]]
 """Evidence in words, and the attacks that it concerns; nothing where all is well."""
 
 
-def _kind(attack: Attack) -> str:
-    """Return the kind of an attack's gradient: of a surrogate, how it is differentiated."""
-    gradient = getattr(attack, "gradient", None)
-    return type(getattr(gradient, "through", gradient)).__name__
+def _through(attack: Attack) -> bool:
+    return getattr(getattr(attack, "gradient", None), "through_chain", False)
+
+
+def _exact(attack: Attack) -> bool:
+    return getattr(getattr(attack, "gradient", None), "own_curvature", False)
 
 
 def _white(attack: Attack) -> bool:
@@ -126,7 +124,7 @@ def _no_gradient(e: Evidence) -> Finding:
 
 
 def _around(e: Evidence) -> Finding:
-    if e.sanity_checks.curvature is not None and not e.numbers(lambda a: _kind(a) in THROUGH):
+    if e.sanity_checks.curvature is not None and not e.numbers(_through):
         yield (
             "the purifier runs a chain on an energy, and no attack's gradient goes through it",
             tuple(e.numbers(_white)),
@@ -134,7 +132,7 @@ def _around(e: Evidence) -> Finding:
 
 
 def _no_curvature(e: Evidence) -> Finding:
-    exact = e.numbers(lambda a: _kind(a) == EXACT)
+    exact = e.numbers(_exact)
     if exact and e.sanity_checks.curvature == 0.0:
         yield "the energy's Hessian-vector product is 0 in every pixel", tuple(exact)
 

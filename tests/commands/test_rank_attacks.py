@@ -6,7 +6,6 @@ import pandas as pd
 import pytest
 
 from ebm_defense.commands.rank_attacks import FITTING
-from ebm_defense.eval.protocols.presets import fitting_gradient
 from ebm_defense.weights import load_defense
 
 SMALL = (
@@ -36,7 +35,7 @@ def test_the_gradients_that_fit_are_taken_if_none_is_named(tiny_defense) -> None
     kinds = []
     for defense in (smooth, piecewise):
         images = next(iter(defense.parameters())).new_full((1, 1, 28, 28), 0.5)
-        kinds.append(type(fitting_gradient(defense, images)).__name__)
+        kinds.append(defense.purifier.gradients(images)[0])
     assert FITTING[kinds[0]][0] == "full"
     assert FITTING[kinds[1]][0].startswith("smoothed")
 

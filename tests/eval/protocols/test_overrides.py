@@ -7,8 +7,8 @@ import pytest
 from ebm_defense import UsageError
 from ebm_defense.attacks import PGD, ThreatModel, Transfer
 from ebm_defense.attacks.catalogue import FACTORS
-from ebm_defense.attacks.gradients.base import Identity
 from ebm_defense.attacks.gradients.registry import GRADIENTS
+from ebm_defense.attacks.gradients.smoothed import Smoothed
 from ebm_defense.attacks.losses import LOSSES, CrossEntropy
 from ebm_defense.eval import get_protocol
 from ebm_defense.eval.protocols.overrides import override
@@ -31,12 +31,12 @@ def test_attacks_by_name_spend_the_protocols_numbers() -> None:
 
 
 def test_a_gradient_and_a_loss_apply_where_they_are_taken(monkeypatch) -> None:
-    monkeypatch.setitem(GRADIENTS, "mine", lambda: Identity(name="mine"))
+    monkeypatch.setitem(GRADIENTS, "mine", lambda: Smoothed(width=7.0))
     monkeypatch.setitem(LOSSES, "soft", lambda: CrossEntropy(average="softmax"))
     assert FACTORS["gradient"] is GRADIENTS
     own = override(HILL, (), gradient="mine", loss="soft")
     transfer, pgd = own.attacks
-    assert (pgd.gradient.name, pgd.loss.average) == ("mine", "softmax")
+    assert (pgd.gradient.width, pgd.loss.average) == (7.0, "softmax")
     assert transfer == HILL.attacks[0]
     assert own.name == "hill2021-custom"
     named = override(HILL, ["pgd", "transfer"], gradient="mine", loss="soft")

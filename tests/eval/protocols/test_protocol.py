@@ -308,3 +308,15 @@ def test_a_perfect_classifier_with_random_errors_is_perfect_by_a_majority():
         assert worst["low"] <= 0.8**WORST <= worst["high"]
         assert worst["high"] - worst["low"] < 0.05
     assert {flag.name for flag in report.flags} == {"randomised output", "replay mismatch"}
+
+
+def test_a_name_that_a_file_holds_is_the_classes_own_or_refused(tmp_path):
+    text = str(get_protocol("quick"))
+    assert 'name = "BPDA"' in text
+    file = tmp_path / "p.toml"
+    for old, new in (('name = "BPDA"\n', ""), ('name = "BPDA"', 'name = "BPDA"')):
+        file.write_text(text.replace(old, new), encoding="utf-8")
+        assert load_protocol(file) == get_protocol("quick")
+    file.write_text(text.replace('name = "BPDA"', 'name = "full"'), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"gradient\.name: it is 'BPDA' and cannot be set"):
+        load_protocol(file)
