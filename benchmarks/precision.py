@@ -28,7 +28,7 @@ from ebm_defense.precision.chains import Finding, check, finding_key
 from ebm_defense.precision.classifiers import Agreement, agreement_key, compare
 from ebm_defense.precision.findings import SHOWN
 
-FILE = Path(__file__).parent.parent / "ebm_defense" / "engine" / SHOWN
+FILE = Path(__file__).parent.parent / "ebm_defense" / "precision" / SHOWN
 
 
 def findings(chains: int, device: torch.device) -> dict[str, Finding | Agreement]:

@@ -1,4 +1,5 @@
-"""Whether bf16 chains purify as fp32 ones do: shown once for each energy, kept, looked up.
+"""Whether chains in a faster precision purify as fp32 ones do: shown once for each energy, kept,
+looked up.
 
 Not being able to tell two precisions apart is no proof that they are alike. So each finding states
 the margin that was shown: the smallest at which two one-sided tests at 5% (Schuirmann 1987, TOST)
@@ -12,6 +13,7 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +24,13 @@ from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.precision.findings import keep, key_of, look_up
 from ebm_defense.precision.names import resolve_precision
 
-CHAIN_STEPS = 12_800
-"""Chain-steps of a check in each precision: seconds on a CPU core for the shipped energies."""
-FEWEST, REFEREED, REFEREED_STEPS = 16, 4, 20
+CHAIN_STEPS = {"cpu": 12_800, "cuda": 6_500_000}
+"""Chain-steps of a check in each precision, by the kind of device: seconds of a CPU, a minute of a GPU."""
+ENOUGH, FEWEST, AT_ONCE = 4096, 64, 1024
+"""Chains of a check at most, and at least for one that nobody asked for. Long chains of two
+precisions part for good, and their differences then spread as their energies do: the margin that n
+of them show is 1.645·√(2/n) standard deviations at best, 0.04 at 4,096 and 0.29 at 64."""
+REFEREED, REFEREED_STEPS = 4, 20
 SMALL = 20_000
 """Energies of fewer parameters gain nothing from bf16 and are left in fp32, unchecked."""
 QUANTILE = 1.645
@@ -59,7 +65,7 @@ class Finding:
         chains: how many pairs.
         energy, mean, spread: the margins shown, energies computed in float64.
         accuracy: likewise, where a classifier was at hand.
-        referee_fp32, referee_bf16: root mean square pixel distance, in [0, 1] units, to a few
+        referee_fp32, referee_fast: root mean square pixel distance, in [0, 1] units, to a few
             float64 chains of at most 20 steps.
     """
 
@@ -71,32 +77,67 @@ class Finding:
     spread: float
     accuracy: float | None = None
     referee_fp32: float = 0.0
-    referee_bf16: float = 0.0
+    referee_fast: float = 0.0
 
 
 def checked_precision(energy: Energy, images: Tensor, settings: LangevinSettings) -> str:
-    """Return "bf16" where it is fast and was shown to purify as fp32 does, else "fp32".
+    """Return the fastest precision that was shown to purify as fp32 does: "bf16", on a GPU else
+    "tf32", or "fp32".
 
     The finding is looked up among those of the package and of the user's cache; where there is
-    none, the check is made now and kept.
+    none, the check is made now and kept. On a CPU chains of more than 200 steps would take minutes
+    to check, which is left to who asks for it, and keep fp32.
 
     Args:
         energy: the energy.
         images: `[b, C, H, W]` in [0, 1]; a check starts its chains from them.
         settings: of the chain.
     """
-    fastest = resolve_precision("fastest", images.device, images.dtype)
-    if fastest != "bf16" or not settings.steps or not len(images) or not _worth_it(energy):
-        return "fp32" if fastest == "bf16" else fastest
-    assert isinstance(energy, nn.Module)
-    key = finding_key(energy, images, settings)
+    if images.dtype == torch.float64:
+        return "fp64"
+    if settings.steps and len(images) and _worth_it(energy):
+        assert isinstance(energy, nn.Module)
+        for precision in faster_precisions(images.device):
+            if _shown(energy, images, settings, precision):
+                return precision
+    return "fp32"
+
+
+def faster_precisions(device: torch.device) -> list[str]:
+    """Return what a device multiplies faster than fp32, the fastest first."""
+    found = [resolve_precision(p, device, torch.float32) for p in ("fastest", "tf32")]
+    return [p for p in dict.fromkeys(found) if p != "fp32"]
+
+
+def _shown(energy: nn.Module, images: Tensor, settings: LangevinSettings, precision: str) -> bool:
+    key = finding_key(energy, images, settings, precision)
     finding = known_finding(key, settings.steps)
     if finding is None:
-        finding = check(energy, images, settings)
+        if _affordable(images.device, settings) < FEWEST:
+            _say_unchecked(precision, settings.steps)
+            return False
+        finding = check(energy, images, settings, precision=precision)
         keep(key, finding)
         verdict = "is used" if finding.equivalent else "is not used: its margins are too wide"
-        _log.warning("bf16 chains were compared with fp32 ones; bf16 %s (%s).", verdict, finding)
-    return "bf16" if finding.equivalent else "fp32"
+        _log.warning(
+            "%s chains were compared with fp32 ones; %s %s (%s).",
+            precision, precision, verdict, finding,
+        )  # fmt: skip
+    return finding.equivalent
+
+
+def _affordable(device: torch.device, settings: LangevinSettings) -> int:
+    """Return how many chains a check of these settings takes that nobody asked for."""
+    steps = CHAIN_STEPS.get(device.type, CHAIN_STEPS["cpu"])
+    return min(ENOUGH, steps // max(settings.steps, 1))
+
+
+@cache
+def _say_unchecked(precision: str, steps: int) -> None:
+    _log.warning(
+        "chains of %d steps are long to compare in %s and fp32 on this device, and keep fp32; "
+        "benchmarks/precision.py compares them.", steps, precision,
+    )  # fmt: skip
 
 
 def _worth_it(energy: Energy) -> bool:
@@ -105,11 +146,15 @@ def _worth_it(energy: Energy) -> bool:
     return sum(p.numel() for p in energy.parameters()) >= SMALL
 
 
-def finding_key(energy: nn.Module, images: Tensor, settings: LangevinSettings) -> str:
+def finding_key(
+    energy: nn.Module, images: Tensor, settings: LangevinSettings, precision: str = "bf16"
+) -> str:
     """Return what a finding is about: weights, network, chain, engine and kind of device."""
     chain = [settings.step_size, settings.temperature]
-    engine = choose_engine(energy, images, "bf16")
-    return key_of(energy, images.device, chain=chain, engine=engine)
+    about: dict[str, object] = {"chain": chain, "engine": choose_engine(energy, images, precision)}
+    if precision != "bf16":  # which the keys that ship do not name
+        about["precision"] = precision
+    return key_of(energy, images.device, **about)
 
 
 def known_finding(key: str, steps: int) -> Finding | None:
@@ -122,37 +167,40 @@ def check(
     images: Tensor,
     settings: LangevinSettings,
     *,
+    precision: str = "bf16",
     chains: int | None = None,
     margins: Margins | None = None,
     classify: Callable[[Tensor], Tensor] | None = None,
     labels: Tensor | None = None,
 ) -> Finding:
-    """Compare bf16 chains with fp32 chains of the same noise.
+    """Compare chains in a faster precision with fp32 chains of the same noise.
 
     Args:
         energy: the energy.
         images: where chains start, `[b, C, H, W]` in [0, 1], repeated until there are enough.
         settings: of the chains.
-        chains: how many; by default as many as `CHAIN_STEPS` allow, at least 16.
+        precision: the faster one.
+        chains: how many; by default as many as `CHAIN_STEPS` allow, at most `ENOUGH` and at least
+            `FEWEST`.
         margins: what counts as no difference.
         classify: maps purified images to logits, to compare accuracies too.
         labels: `[b]`, with `classify`.
     """
-    chains = chains or max(FEWEST, CHAIN_STEPS // settings.steps)
+    chains = chains or max(FEWEST, _affordable(images.device, settings))
     rows = torch.arange(chains, device=images.device) % len(images)
     starts = images[rows].float()
-    ends = {p: _purified(energy, starts, settings, p) for p in ("fp32", "bf16")}
-    shown = _margins_shown(energy, starts, ends["fp32"], ends["bf16"])
+    ends = {p: _purified(energy, starts, settings, p) for p in ("fp32", precision)}
+    shown = _margins_shown(energy, starts, ends["fp32"], ends[precision])
     if classify is not None and labels is not None:
         right = {p: _right(classify, x, labels[rows]) for p, x in ends.items()}
-        shown["accuracy"] = share_margin(right["bf16"] - right["fp32"])
+        shown["accuracy"] = share_margin(right[precision] - right["fp32"])
     allowed = asdict(margins or Margins())
     return Finding(
         equivalent=all(value <= allowed[name] for name, value in shown.items()),
         steps=settings.steps,
         chains=chains,
         **shown,
-        **_referee(energy, starts[:REFEREED], settings),
+        **_referee(energy, starts[:REFEREED], settings, precision),
     )
 
 
@@ -160,10 +208,12 @@ def _purified(
     energy: nn.Module, images: Tensor, settings: LangevinSettings, precision: str
 ) -> Tensor:
     keys = chain_keys(0, "precision", range(len(images)), range(1))[0].to(images.device)
-    x = run_chain(
-        images * 2.0 - 1.0, KeyedNoise(keys), energy=energy, settings=settings, precision=precision
-    )
-    return (x + 1.0) / 2.0
+    starts = (images * 2.0 - 1.0).split(AT_ONCE)
+    ends = [
+        run_chain(x, KeyedNoise(k), energy=energy, settings=settings, precision=precision)
+        for x, k in zip(starts, keys.split(AT_ONCE), strict=True)
+    ]
+    return (torch.cat(ends) + 1.0) / 2.0
 
 
 def _margins_shown(
@@ -210,12 +260,15 @@ def _in_double(energy: nn.Module) -> nn.Module:
     return copy.deepcopy(energy).double()
 
 
-def _referee(energy: nn.Module, images: Tensor, settings: LangevinSettings) -> dict[str, float]:
+def _referee(
+    energy: nn.Module, images: Tensor, settings: LangevinSettings, precision: str
+) -> dict[str, float]:
     few = LangevinSettings(
         steps=min(settings.steps, REFEREED_STEPS),
         step_size=settings.step_size,
         temperature=settings.temperature,
     )
     truth = _purified(_in_double(energy), images.double(), few, "fp32")
-    ends = {p: _purified(energy, images, few, p) for p in ("fp32", "bf16")}
+    precisions = {"fp32": "fp32", "fast": precision}
+    ends = {name: _purified(energy, images, few, p) for name, p in precisions.items()}
     return {f"referee_{p}": float((x - truth).square().mean().sqrt()) for p, x in ends.items()}
