@@ -16,6 +16,7 @@ from ebm_defense.eval.speed.roofline import LAYOUTS, Ceilings, measure_ceilings
 from ebm_defense.eval.speed.throughput import PUBLISHED, Cell, measure, precisions_here
 from ebm_defense.eval.storage.settings import environment
 from ebm_defense.files import atomic, writable_folder, write_text
+from ebm_defense.runtime.packing import Try
 from ebm_defense.runtime.timing import CLOCKS
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Bench:
     """Time for each competitor in each cell."""
     quick: bool = False
     """Two layouts, two batches, one second each."""
+    compiled: bool = False
+    """Let the published loop run compiled by torch.compile, too."""
     clock: Literal["wall", "cpu"] = "wall"
     """cpu leaves out the time that other programs take; for one thread on a busy machine."""
     device: Device = "auto"
@@ -60,14 +63,34 @@ class Bench:
         cells: list[Cell] = []
         for layout in layouts:
             for batch in batches:
-                measured = measure(layout, batch, ceilings, seconds, device, clock)
-                print(*map(cell_line, measured), sep="\n", flush=True)
-                cells += measured
+                cells += self._cells(layout, batch, ceilings, seconds, device)
+                write_csv(out, cells)
+        if not cells:
+            raise UsageError("not one batch fits into the memory; give smaller --batches.")
         kinds = {LAYOUTS[name].channels: name for name in layouts}
         passes = {c: measure_passes(name, seconds, device, clock) for c, name in kinds.items()}
         write_results(out, ceilings, cells, passes, self.clock)
         print(f"bench.csv, bench.md and bench.png are in {out}")
         return 0
+
+    def _cells(
+        self,
+        layout: str,
+        batch: int,
+        ceilings: list[Ceilings],
+        seconds: float,
+        device: torch.device,
+    ) -> list[Cell]:
+        """Measure and print a layout at a batch; say so where memory does not hold it."""
+        clock = CLOCKS[self.clock]
+        attempt = Try()
+        measured: list[Cell] = []
+        with attempt:
+            measured = measure(layout, batch, ceilings, seconds, device, clock, self.compiled)
+            print(*map(cell_line, measured), sep="\n", flush=True)
+        if attempt.reason:
+            print(f"{layout:<24} batch {batch:>6} does not fit ({attempt.reason})", flush=True)
+        return measured
 
     def _plan(self, device: torch.device) -> tuple[tuple[str, ...], tuple[int, ...], float]:
         """Return layouts, batches and seconds, or raise a `UsageError`."""
@@ -105,6 +128,13 @@ def cell_line(cell: Cell) -> str:
     )
 
 
+def write_csv(out: Path, cells: list[Cell]) -> pd.DataFrame:
+    """Write what was measured so far, which a full memory may be the end of."""
+    table = pd.DataFrame([asdict(cell) for cell in cells])
+    write_text(out / "bench.csv", table.to_csv(index=False))
+    return table
+
+
 def write_results(
     out: Path,
     ceilings: list[Ceilings],
@@ -113,9 +143,7 @@ def write_results(
     clock: str,
 ) -> None:
     """Write the table as CSV and Markdown, and the picture."""
-    table = pd.DataFrame([asdict(cell) for cell in cells])
-    write_text(out / "bench.csv", table.to_csv(index=False))
-    where = environment()
+    table, where = write_csv(out, cells), environment()
     text = [
         f"{where['processor']}, {where['threads']} threads, GPU {where['gpu']}, torch "
         f"{where['packages']['torch']}, {clock} clock.",
@@ -145,7 +173,7 @@ def projection(cells: list[Cell], passes: dict[int, dict[bool, Passes]]) -> str:
                 f"{n} images, {what}, hours": n
                 * p.seconds(
                     best.steps_per_second,
-                    passes[LAYOUTS[layout].channels][best.name == PUBLISHED],
+                    passes[LAYOUTS[layout].channels][best.name.startswith(PUBLISHED)],
                     drop_broken=drop,
                 )
                 / 3600
@@ -170,7 +198,7 @@ def _best(cells: list[Cell]) -> list[tuple[str, Cell]]:
     groups: dict[tuple[str, bool], list[Cell]] = {}
     for cell in cells:
         if cell.over_forward is None:
-            groups.setdefault((cell.layout, cell.name == PUBLISHED), []).append(cell)
+            groups.setdefault((cell.layout, cell.name.startswith(PUBLISHED)), []).append(cell)
     return [
         (layout, max(same, key=lambda c: c.steps_per_second))
         for (layout, _), same in groups.items()

@@ -25,7 +25,7 @@ from ebm_defense.precision.findings import keep, key_of, look_up
 from ebm_defense.precision.names import resolve_precision
 
 CHAIN_STEPS = {"cpu": 12_800, "cuda": 6_500_000}
-"""Chain-steps of a check in each precision, by the kind of device: seconds of a CPU, a minute of a GPU."""
+"""Chain-steps of a check in each precision: seconds of a CPU core, a minute of a GPU."""
 ENOUGH, FEWEST, AT_ONCE = 4096, 64, 1024
 """Chains of a check at most, and at least for one that nobody asked for. Long chains of two
 precisions part for good, and their differences then spread as their energies do: the margin that n

@@ -15,7 +15,8 @@ from ebm_defense.purifiers.base import Purifier, SteppedPurifier
 from ebm_defense.runtime.timing import alternate
 
 TIMED_SECONDS = 2.0
-TIMED_STEPS = 5
+TIMED_STEPS = {"cpu": 5, "cuda": 250}
+"""On a GPU enough for chains to be captured as graphs before they are timed."""
 FLOATS_A_PIXEL = 200
 """That a chain and the classifier behind it hold at a time, roughly."""
 
@@ -59,6 +60,8 @@ def _depends(attacks: Sequence[str]) -> str:
 def chains_at_once(job: Job) -> int:
     """Return how many chains a look of the last attack runs at a time."""
     ready = SHARD * shards_at_once(job) * job.protocol.attacks[-1].replicates
+    keys = chain_keys(0, "forecast", range(len(job.images)), range(-(-ready // len(job.images))))
+    job.defense.measure_chains(job.images, keys.to(job.images.device))
     return min(job.defense.max_chains, ready)
 
 
@@ -66,8 +69,8 @@ def chain_steps_per_second(job: Job, chains: int) -> float:
     """Return how many Langevin steps a second looks of so many chains make, classifier included."""
     images = job.images[torch.arange(chains) % len(job.images)]
     purifier = job.defense.purifier
-    cut = isinstance(purifier, SteppedPurifier)
-    few = min(TIMED_STEPS, purifier.chain_steps) if cut else purifier.chain_steps
+    cut, enough = isinstance(purifier, SteppedPurifier), TIMED_STEPS.get(images.device.type, 5)
+    few = min(enough, purifier.chain_steps) if cut else purifier.chain_steps
     one, classify = images.new_ones(()), job.defense.classify
     t = alternate(
         {

@@ -6,7 +6,7 @@ A gradient through the chain stands beside the forward chain that it goes back t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from ebm_defense.attacks.gradients.full import ChainGradient, Full
 from ebm_defense.attacks.gradients.smoothed import Smoothed
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, channels_last
+from ebm_defense.engine.derivatives import tf32
 from ebm_defense.eval.speed.roofline import LAYOUTS, Ceilings, Work, product_work, step_work
 from ebm_defense.langevin import LangevinSettings, run_chain
 from ebm_defense.noise import KeyedNoise, chain_keys
@@ -28,9 +29,14 @@ PUBLISHED, PUBLISHED_EPS = "published", 0.01
 GRADIENTS: dict[str, ChainGradient] = {"soft_lrelu": Full(), "leaky_relu": Smoothed()}
 """By activation, the gradient through the chain that an attack uses there, as attacks use it."""
 
+STRICT, COMPILED = f"{PUBLISHED}, strict fp32", f"{PUBLISHED}, compiled"
+"""The published loop without the TF32 that torch allows convolutions on a GPU, and compiled."""
+
 CHAIN_STEPS, SHORTEST, LONGEST = 2000, 10, 50
-"""Steps of all chains together, and of one. A gradient takes its last step twice, which is a small
-part of a long chain's cost and must not be a large one of a short chain's."""
+GPU_CHAIN_STEPS, GPU_SHORTEST, GPU_LONGEST = 200_000, 50, 500
+"""Steps of all chains together, and of one; on a GPU enough for its graphs. A gradient takes its
+last step twice, which is a small part of a long chain's cost and must not be a large one of a short
+chain's."""
 
 AT_ONCE = 1000
 """Chains that a gradient goes back through at a time: more hold more memory and are no faster."""
@@ -112,6 +118,7 @@ def measure(
     seconds: float,
     device: torch.device,
     clock: Clock = time.perf_counter,
+    compiled: bool = False,
 ) -> list[Cell]:
     """Measure the published loop, ours and the gradient through ours, at one layout and batch.
 
@@ -122,10 +129,11 @@ def measure(
         seconds: for each competitor.
         device: where to compute.
         clock: see `alternate`.
+        compiled: whether the published loop also runs compiled.
     """
-    steps = max(SHORTEST, min(LONGEST, CHAIN_STEPS // batch))
-    start = start_of(LAYOUTS[layout], batch, steps, device)
-    found = competitors(LAYOUTS[layout], start, ceilings)
+    start = start_of(LAYOUTS[layout], batch, steps_of(batch, device), device)
+    found = competitors(LAYOUTS[layout], start, ceilings, compiled)
+    steps = start.chain.steps
     runs = {name: c.run for name, c in found.items()}
     times = alternate(runs, seconds, device, clock)
     rate = {name: batch * steps / t for name, t in times.items()}
@@ -145,6 +153,13 @@ def measure(
     ]
 
 
+def steps_of(batch: int, device: torch.device) -> int:
+    """Return how many steps chains of a batch of this size take."""
+    if device.type == "cuda":
+        return max(GPU_SHORTEST, min(GPU_LONGEST, GPU_CHAIN_STEPS // batch))
+    return max(SHORTEST, min(LONGEST, CHAIN_STEPS // batch))
+
+
 def start_of(settings: ConvEnergySettings, batch: int, steps: int, device: torch.device) -> Start:
     """Return chains of so many steps from uniform noise."""
     shape = (batch, settings.channels, settings.image_size, settings.image_size)
@@ -153,29 +168,52 @@ def start_of(settings: ConvEnergySettings, batch: int, steps: int, device: torch
     return Start(x.to(device), keys.to(device), LangevinSettings(steps=steps))
 
 
+def published_loops(
+    settings: ConvEnergySettings, start: Start, compiled: bool
+) -> dict[str, tuple[str, Callable[[], Tensor]]]:
+    """Return by name the published loop as torch runs it, and its variants; with each the precision
+    of its arithmetic, which on a GPU is TF32 where nobody says otherwise.
+    """
+    network, x, steps = ConvEnergy(settings).to(start.x.device), start.x, start.chain.steps
+    usual = "tf32" if "tf32" in precisions_here(x.device) else "fp32"
+    found = {PUBLISHED: (usual, lambda: published_chain(network, x, steps))}
+
+    def strictly() -> Tensor:
+        with tf32(False, x.device):
+            return published_chain(network, x, steps)
+
+    if usual != "fp32":
+        found[STRICT] = ("fp32", strictly)
+    if compiled:
+        fast: nn.Module = torch.compile(network)  # type: ignore[assignment]
+        found[COMPILED] = (usual, lambda: published_chain(fast, x, steps))
+    return found
+
+
 def competitors(
-    settings: ConvEnergySettings, start: Start, ceilings: list[Ceilings]
+    settings: ConvEnergySettings, start: Start, ceilings: list[Ceilings], compiled: bool = False
 ) -> dict[str, Competitor]:
-    """Return by name the published loop, our chain, and the gradient through it, each in the
+    """Return by name the published loops, our chain, and the gradient through it, each in the
     precision of every ceiling; a gradient's products are fp32 whatever its chain is.
     """
-    published = ConvEnergy(settings).to(start.x.device)
     ours = channels_last(ConvEnergy(settings).to(start.x.device).requires_grad_(False))
     limits = {c.precision: c for c in ceilings}
     step = {p: (step_work(settings, p), limit) for p, limit in limits.items()}
     gradient = GRADIENTS[settings.activation]
     product = product_work(settings, gradient.precision).over(gradient.spacing)
-    found = {
-        PUBLISHED: Competitor(
-            lambda: published_chain(published, start.x, start.chain.steps), [step["fp32"]]
-        )
-    }
+    loops = published_loops(settings, start, compiled)
+    found = {name: Competitor(run, [step[limit_of(p, limits)]]) for name, (p, run) in loops.items()}
     for p in limits:
         found[p] = Competitor(forward_chain(ours, start, p), [step[p]])
         back = gradient_through(ours, start, p, gradient)
         work = [step[p], (product, limits[gradient.precision])]
         found[gradient_name(gradient, p)] = Competitor(back, work, forward=p)
     return found
+
+
+def limit_of(precision: str, limits: Mapping[str, Ceilings]) -> str:
+    """Return the precision whose ceiling bounds work in this one: itself if it was measured."""
+    return precision if precision in limits else "fp32"
 
 
 def gradient_name(gradient: ChainGradient, precision: str) -> str:
@@ -204,6 +242,6 @@ def gradient_through(
 
 
 def precisions_here(device: torch.device) -> list[str]:
-    """Return the precisions worth measuring on a device: fp32, and bf16 where it is native."""
-    fastest = resolve_precision("fastest", device, torch.float32)
-    return list(dict.fromkeys(["fp32", fastest]))
+    """Return the precisions worth measuring on a device: fp32, TF32 and bf16 if it has them."""
+    asked = (resolve_precision(p, device, torch.float32) for p in ("fp32", "tf32", "fastest"))
+    return list(dict.fromkeys(asked))

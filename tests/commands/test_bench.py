@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
+from ebm_defense.commands import bench
 from ebm_defense.commands.bench import QUICK_LAYOUTS, Bench
 from ebm_defense.commands.main import main
 from ebm_defense.energies.conv import ConvEnergySettings
@@ -55,6 +56,26 @@ def test_it_prints_and_writes_table_and_picture(tmp_path, capsys):
 def test_mistakes_are_told_before_anything_is_measured(words, message, tmp_path, capsys):
     assert main(["bench", *words, "--device", "cpu", "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_what_does_not_fit_costs_no_more_than_its_cell(tmp_path, capsys, monkeypatch):
+    honest = bench.measure
+
+    def measure(layout, batch, *rest):
+        if batch > 2:
+            known = pd.read_csv(tmp_path / "bench.csv")
+            assert set(known["batch"]) == {1}  # what was measured before is written already
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return honest(layout, batch, *rest)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    words = ["--layouts", "tiny", "--seconds", "0.01", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(["bench", *words, "--batches", "1", "4"]) == 0
+    assert "batch      4 does not fit (CUDA out of memory.)" in capsys.readouterr().out
+    assert set(pd.read_csv(tmp_path / "bench.csv")["batch"]) == {1}
+    assert main(["bench", *words, "--batches", "8"]) == 2
+    assert "not one batch fits" in capsys.readouterr().err
 
 
 def test_the_cpu_clock_wants_one_thread(monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
+from ebm_defense.engine.cuda_graphs import PAYS, SEGMENT
 from ebm_defense.engine.product import ConvProduct
 from ebm_defense.eval.speed import throughput
 from ebm_defense.eval.speed.roofline import LAYOUTS, Ceilings, product_work, step_work
@@ -90,3 +91,37 @@ def test_the_gradient_takes_a_product_a_stride_in_fp32(activation, monkeypatch):
     pulled = found[f"{name}, bf16 chain"].run()
     assert pulled.shape == (1, 3, 1, 8, 8)
     assert products == [(torch.float32, 3)] * -(-start.chain.steps // stride)
+
+
+def test_on_a_gpu_like_is_compared_with_like(monkeypatch):
+    """torch's own loop rounds to TF32 there; beside it stands one that does not."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(
+        throughput, "resolve_precision", lambda p, *_: {"fastest": "bf16"}.get(p, p)
+    )
+    assert throughput.precisions_here(gpu) == ["fp32", "tf32", "bf16"]
+    start = throughput.start_of(TINY["leaky_relu"], 3, 5, CPU)
+    limit = LIMITS[0]
+    fast = Ceilings(precision="tf32", matmul=8e9, convolution=8e9, copy=1e9)
+    found = throughput.competitors(TINY["leaky_relu"], start, [limit, fast])
+    assert list(found)[:2] == [throughput.PUBLISHED, throughput.STRICT]
+    work = step_work(TINY["leaky_relu"], "fp32")
+    assert found[throughput.PUBLISHED].convolution_seconds == pytest.approx(work.flops / 8e9)
+    assert found[throughput.STRICT].convolution_seconds == pytest.approx(work.flops / 1e9)
+
+
+def test_chains_on_a_gpu_are_long_enough_for_its_graphs():
+    gpu = torch.device("cuda")
+    steps = {batch: throughput.steps_of(batch, gpu) for batch in (1, 150, 2400, 10_000)}
+    assert steps[1] == steps[150] == PAYS
+    assert all(s >= 2 * SEGMENT for s in steps.values())
+    assert throughput.steps_of(150, CPU) == 13
+
+
+def test_the_published_loop_may_run_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
+    start = throughput.start_of(TINY["leaky_relu"], 3, 2, CPU)
+    found = throughput.competitors(TINY["leaky_relu"], start, LIMITS, compiled=True)
+    assert found[throughput.COMPILED].run().shape == (3, 1, 8, 8)
+    assert len(compiled) == 1
