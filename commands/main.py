@@ -40,6 +40,9 @@ COMMANDS: dict[str, Entry] = {
     "train-classifier": Entry(
         "train_classifier", "TrainClassifier", "learn a classifier, also on purified images"
     ),
+    "train-defense": Entry(
+        "train_defense", "TrainDefense", "learn a whole defense against attacks on its input"
+    ),
     "train-advgan": Entry("train_advgan", "TrainAdvgan", "train a generator of attacks, AdvGAN"),
     "diagnose": Entry("diagnose", "Diagnose", "say whether an energy's chains converge"),
     "assemble": Entry("assemble", "Assemble", "put trained parts together into a defense folder"),

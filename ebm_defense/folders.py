@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tomli_w
 from torch import Tensor, nn
 
-from ebm_defense.classifiers import Normalized, WideResNet, WideResNetSettings
+from ebm_defense.classifiers import Normalized, WideResNetSettings
 from ebm_defense.energies import registry as energies
 from ebm_defense.errors import UsageError
 from ebm_defense.files import save_tensors, writable_folder, write_text
+from ebm_defense.networks import NETWORKS, Network, NetworkSettings
 from ebm_defense.purifiers.base import Purifier
 from ebm_defense.purifiers.registry import PURIFIERS, name_of
 from ebm_defense.serialize import from_plain
@@ -48,9 +49,9 @@ CLASSIFIER, ENERGY, UNDEFENDED, PURIFIER = (
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierSettings:
-    """A `WideResNet` and the normalisation in front of it, in [0, 1] units."""
+    """A network of `NETWORKS` and the normalisation in front of it, in [0, 1] units."""
 
-    network: WideResNetSettings = field(default_factory=WideResNetSettings)
+    network: NetworkSettings = field(default_factory=WideResNetSettings)
     mean: float = 0.5
     std: float = 0.5
 
@@ -311,12 +312,14 @@ def _scale(classifier: nn.Module) -> dict[str, float]:
 def _classifier_settings(classifier: nn.Module) -> ClassifierSettings:
     network = _network(classifier)
     simple = isinstance(classifier, Normalized) and classifier.mean.numel() == 1
-    if not isinstance(network, WideResNet) or not simple:
+    if not isinstance(network, tuple(NETWORKS.values())) or not simple:
+        names = ", ".join(kind.__name__ for kind in NETWORKS.values())
         raise UsageError(
-            "only a WideResNet behind normalized(…, mean, std) with one mean and std can be saved, "
+            f"only a {names} behind normalized(…, mean, std) with one mean and std can be saved, "
             f"not {type(network).__name__}; save a classifier of your own by your own code."
         )
     assert isinstance(classifier, Normalized)
+    assert isinstance(network, Network)
     return ClassifierSettings(
         network=network.settings, mean=float(classifier.mean), std=float(classifier.std)
     )

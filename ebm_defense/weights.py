@@ -27,6 +27,7 @@ from ebm_defense.folders import (
     save_defense,
     verify,
 )
+from ebm_defense.networks import make_network
 from ebm_defense.purifiers.base import Purifier
 from ebm_defense.purifiers.langevin import LangevinPurifier
 from ebm_defense.purifiers.registry import PURIFIERS
@@ -90,7 +91,7 @@ def load_energy(name: str | Path = "fashion-mnist") -> nn.Module:
 
 
 def _classifier(path: Path, s: ClassifierSettings) -> nn.Module:
-    network = WideResNet(s.network)
+    network = make_network(s.network)
     load_weights(network, path)
     return normalized(channels_last(network), s.mean, s.std).eval()
 

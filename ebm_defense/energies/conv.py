@@ -55,7 +55,30 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "leaky_relu": lambda: nn.LeakyReLU(0.05),
     "relu": lambda: nn.LeakyReLU(0.0),
     "soft_lrelu": lambda: SoftLeakyReLU(slope=0.05, width=0.01),
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
 }
+
+WIDTH = "soft_lrelu:"
+"""Before a number: a smooth LeakyReLU of that width, as in soft_lrelu:0.3."""
+
+
+def make_activation(name: str) -> nn.Module:
+    """Make an activation from a name in `ACTIVATIONS`, or soft_lrelu:WIDTH.
+
+    Raises:
+        UsageError: another name, or a width that is not above 0.
+    """
+    if name in ACTIVATIONS:
+        return ACTIVATIONS[name]()
+    try:
+        width = float(name.removeprefix(WIDTH)) if name.startswith(WIDTH) else 0.0
+    except ValueError:
+        width = 0.0
+    if not 0.0 < width < float("inf"):
+        names = ", ".join(ACTIVATIONS)
+        raise UsageError(f"activation is {name!r}; choose one of {names}, or {WIDTH}WIDTH above 0.")
+    return SoftLeakyReLU(slope=0.05, width=width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +89,7 @@ class ConvEnergySettings:
         channels: image channels C.
         image_size: H = W in pixels, at least 8.
         width: channels of the first layer (32 as published).
-        activation: a name in `ACTIVATIONS`.
+        activation: a name in `ACTIVATIONS`, or soft_lrelu:WIDTH.
     """
 
     channels: int = 3
@@ -75,9 +98,7 @@ class ConvEnergySettings:
     activation: str = "leaky_relu"
 
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            names = ", ".join(ACTIVATIONS)
-            raise UsageError(f"activation is {self.activation!r}; choose one of {names}.")
+        make_activation(self.activation)
         if self.image_size < 8 or self.channels < 1 or self.width < 1:
             raise UsageError(
                 f"an energy needs image_size ≥ 8, channels ≥ 1 and width ≥ 1, not {self}."
@@ -112,8 +133,8 @@ class ConvEnergy(nn.Module):
         widths = [s.width * 2**i for i in range(4)]
         layers: list[nn.Module] = [nn.Conv2d(s.channels, widths[0], 3, 1, 1)]
         for fan_in, fan_out in pairwise(widths):
-            layers += [ACTIVATIONS[s.activation](), nn.Conv2d(fan_in, fan_out, 4, 2, 1)]
-        layers += [ACTIVATIONS[s.activation](), nn.Conv2d(widths[-1], 1, s.image_size // 8)]
+            layers += [make_activation(s.activation), nn.Conv2d(fan_in, fan_out, 4, 2, 1)]
+        layers += [make_activation(s.activation), nn.Conv2d(widths[-1], 1, s.image_size // 8)]
         self.f = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:

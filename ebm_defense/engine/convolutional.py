@@ -22,6 +22,7 @@ from ebm_defense.energies.conv import ConvEnergy, SoftLeakyReLU
 from ebm_defense.engine.base import Energy
 from ebm_defense.engine.derivatives import repeatable, tf32
 from ebm_defense.engine.fused import Map, convolution
+from ebm_defense.engine.smooth import closed_form
 from ebm_defense.engine.subpixel import Blocks, Convolution, best_blocks
 
 
@@ -68,9 +69,34 @@ class SoftActivation:
         return kept.mul_(gradient)
 
 
-ACTIVATIONS: dict[type[nn.Module], Callable[..., Activation | SoftActivation]] = {
+class ClosedActivation:
+    """An activation whose value and slope are known in closed form."""
+
+    slope = None
+
+    def __init__(self, activation: nn.Module, like: Tensor) -> None:
+        closed = closed_form(activation)
+        assert closed is not None
+        self.closed = closed
+        self.signature = ("closed", repr(activation))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the activation of `z` and its slope there."""
+        jet = self.closed(z)
+        return jet.value, jet.slope
+
+    def backward(self, gradient: Tensor, kept: Tensor) -> Tensor:
+        """Return gradient times slope, written over the slope."""
+        return kept.mul_(gradient)
+
+
+ACTIVATIONS: dict[
+    type[nn.Module], Callable[..., Activation | SoftActivation | ClosedActivation]
+] = {
     nn.LeakyReLU: Activation,
     SoftLeakyReLU: SoftActivation,
+    nn.SiLU: ClosedActivation,
+    nn.Softplus: ClosedActivation,
 }
 
 

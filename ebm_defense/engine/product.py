@@ -19,6 +19,7 @@ from ebm_defense.engine.base import Curvature, Energy
 from ebm_defense.engine.convolutional import hidden_layers, input_gradient, shape_and_weights
 from ebm_defense.engine.derivatives import arithmetic
 from ebm_defense.engine.fused import convolution
+from ebm_defense.engine.smooth import closed_form
 
 _LARGEST_MAP = 2**24
 """Bytes of a layer's map above which images are taken in turn: more at once hold more memory and
@@ -77,9 +78,28 @@ class SoftCorner:
         return Linearised(h, dz.mul_(slope), slope, bend)
 
 
-CORNERS: dict[type[nn.Module], Callable[..., Corner | SoftCorner]] = {
+class ClosedCorner:
+    """A smooth activation whose derivatives are known in closed form."""
+
+    curved = True
+
+    def __init__(self, activation: nn.Module, like: Tensor) -> None:
+        closed = closed_form(activation)
+        assert closed is not None
+        self.closed = closed
+
+    def __call__(self, z: Tensor, dz: Tensor, lent: Curvature | None) -> Linearised:
+        """Activate pre-activations z and their derivative dz, which is written over."""
+        value, slope, curvature = self.closed(z)
+        bend = curvature.mul_(dz)
+        return Linearised(value, dz.mul_(slope), slope, bend)
+
+
+CORNERS: dict[type[nn.Module], Callable[..., Corner | SoftCorner | ClosedCorner]] = {
     nn.LeakyReLU: Corner,
     SoftLeakyReLU: SoftCorner,
+    nn.SiLU: ClosedCorner,
+    nn.Softplus: ClosedCorner,
 }
 
 

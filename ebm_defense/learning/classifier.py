@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ebm_defense.errors import UsageError
 from ebm_defense.files import load_plain, save_state
 from ebm_defense.images import PURIFIED, check_images, check_labels, check_training_images
+from ebm_defense.learning.batches import augmented
 from ebm_defense.learning.checkpoints import refuse_another
 from ebm_defense.modes import in_eval_mode, modules_of
 from ebm_defense.precision.names import resolve_precision
@@ -158,11 +159,7 @@ class ClassifierTrainer:
             group["lr"] = r.lr * (share / r.warmup if share < r.warmup else fall)
 
     def _augment(self, x: Tensor) -> Tensor:
-        r = self.recipe
-        if r.flip:
-            mirrored = torch.rand(len(x), generator=self.generator) < 0.5
-            x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
-        return _shift(x, r.padding, self.generator) if r.padding else x
+        return augmented(x, self.recipe.padding, self.recipe.flip, self.generator)
 
     def save(self, path: Path) -> None:
         """Write everything that `load` needs to go on exactly, atomically."""
@@ -186,17 +183,6 @@ class ClassifierTrainer:
             self.history = [Epoch(int(n), loss, a) for n, loss, a in state["history"].tolist()]
         except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UsageError(f"{path} is no checkpoint of this classifier: {error}") from error
-
-
-def _shift(x: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to `padding` pixels each way, filling with the edge of black."""
-    b, _, h, w = x.shape
-    padded = F.pad(x, (padding,) * 4)
-    offsets = torch.randint(2 * padding + 1, (2, b), generator=generator)
-    rows = offsets[0, :, None] + torch.arange(h)
-    columns = offsets[1, :, None] + torch.arange(w)
-    picked = padded[torch.arange(b)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return picked.permute(0, 3, 1, 2)
 
 
 @torch.no_grad()

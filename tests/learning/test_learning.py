@@ -18,10 +18,10 @@ from ebm_defense.errors import UsageError
 from ebm_defense.files import save_state
 from ebm_defense.langevin import LangevinSettings, run_chain
 from ebm_defense.learning.bank import Start, noisy_data, visit
+from ebm_defense.learning.batches import shifted
 from ebm_defense.learning.classifier import (
     ClassifierRecipe,
     ClassifierTrainer,
-    _shift,
     accuracy,
 )
 from ebm_defense.learning.diagnostics import long_chains
@@ -710,7 +710,7 @@ def test_shift_moves_each_image_as_a_whole_and_fills_with_zero(
 ):
     x = 1 + torch.rand(4, channels, height, width, generator=seeded(seed))
     offsets = torch.randint(2 * padding + 1, (2, 4), generator=seeded(seed + 1))
-    shifted = _shift(x, padding, seeded(seed + 1))
+    moved = shifted(x, padding, seeded(seed + 1))
     for i in range(4):
         down, right = (int(padding - o) for o in offsets[:, i])
         expected = torch.zeros(channels, height, width)
@@ -718,14 +718,14 @@ def test_shift_moves_each_image_as_a_whole_and_fills_with_zero(
             for column in range(width):
                 if 0 <= row - down < height and 0 <= column - right < width:
                     expected[:, row, column] = x[i, :, row - down, column - right]
-        assert torch.equal(shifted[i], expected)
+        assert torch.equal(moved[i], expected)
 
 
 def test_every_shift_occurs():
     x = torch.zeros(1, 1, 5, 5)
     x[0, 0, 2, 2] = 1
-    shifted = _shift(x.expand(2000, 1, 5, 5), 2, seeded(0))
-    counts = shifted.sum(0).flatten()
+    moved = shifted(x.expand(2000, 1, 5, 5), 2, seeded(0))
+    counts = moved.sum(0).flatten()
     # 25 places, 80 each on average, standard deviation 8.8.
     assert float(counts.sum()) == 2000
     assert float((counts - 80).abs().max()) < 5 * 8.8
