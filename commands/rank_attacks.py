@@ -24,15 +24,8 @@ from ebm_defense.files import writable_folder, write_text
 from ebm_defense.purifiers.registry import caption
 from ebm_defense.weights import load_defense
 
-FITTING = {
-    "smoothed": (
-        "smoothed(width=0.3, stride=4)",
-        "surrogate(steps=10, through=smoothed(width=0.3, stride=1))",
-    ),
-    "full": ("full", "surrogate(steps=10)"),
-    "bpda": ("bpda",),
-}
-"""The gradients that are tried where one of this name fits the purifier best."""
+ROUND, SHORTER = "bpda", 10
+"""The gradient around the purifier; the steps of the surrogates that are tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +80,7 @@ class RankAttacks:
         data = load_data(self.data, self.split, max(self.images), root=self.data_root)
         images, labels = data.images.to(device), data.labels.to(device)
         defense = put_on(self._defense(), device)
-        contests = self._contests(self.gradient or _fitting(defense, images))
+        contests = self._contests(self.gradient or fitting(defense, images))
         found: list[Outcome] = []
         for outcome in compete(
             defense, images, labels, contests,
@@ -143,7 +136,9 @@ class RankAttacks:
         print(f"\n{text}\nranking.md and ranking.csv are in {out}")
 
 
-def _fitting(defense: PurifiedClassifier, images: Any) -> tuple[str, ...]:
-    """Return the names of the gradients that go through a purifier."""
-    best = defense.purifier.gradients(images)[0]
-    return FITTING.get(best, (best,))
+def fitting(defense: PurifiedClassifier, images: Any) -> tuple[str, ...]:
+    """Return the gradients through a purifier by name, and those through a shorter relative."""
+    through = [g for g in defense.purifier.gradients(images[:1]) if g != ROUND]
+    long = defense.purifier.chain_steps > SHORTER
+    shorter = [f"surrogate(steps={SHORTER}, through={g}())" for g in through if long]
+    return (*through, *shorter)

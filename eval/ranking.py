@@ -35,27 +35,24 @@ class Field:
     """Which attacks take part, and what each may spend.
 
     Attributes:
-        gradients: by name, beside `bpda`; DiffHammer and targeted APGD take the first.
+        gradients: through the purifier, by name, beside `bpda`; DiffHammer and targeted APGD take
+            the first, or `bpda` where there is none.
         steps: of PGD, APGD and DiffHammer.
         replicates: attack replicates.
         images: how many of a sample's first images the cheap, the middling and the dear ones get.
         also: more attacks by name, on as many images as the middling ones.
 
     Raises:
-        UsageError: no gradient, or numbers of images that are not above 0 and falling.
+        UsageError: numbers of images that are not above 0 and falling.
     """
 
-    gradients: tuple[str, ...]
+    gradients: tuple[str, ...] = ()
     steps: int = 20
     replicates: int = 8
     images: tuple[int, int, int] = (200, 64, 32)
     also: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.gradients:
-            raise UsageError(
-                "a ranking needs at least one gradient that goes through the purifier."
-            )
         if self.images[-1] < 1 or sorted(self.images, reverse=True) != list(self.images):
             raise UsageError(
                 "images are three numbers above 0, for cheap, middling and dear attacks, none "
@@ -67,7 +64,7 @@ class Field:
         cheap, middling, dear = self.images
         first, *around = self._climbs(ROUND, cheap)
         through = [c for g in self.gradients for c in self._climbs(g, middling)]
-        best, each = called(self.gradients[0]), f"replicates={self.replicates}"
+        best, each = called((*self.gradients, ROUND)[0]), f"replicates={self.replicates}"
         return [
             first,
             Contest(f"transfer(steps=40, {each})", cheap),

@@ -293,7 +293,9 @@ def restore_protocol(plain: dict[str, Any], kinds: Iterable[type] = ()) -> Proto
 
 
 def _kinds() -> dict[str, type]:
-    """Return every kind of setting that a protocol may hold, by name."""
-    parts = [getattr(attacks, name) for name in attacks.__all__]
+    """Return every kind of setting that a protocol may hold, by name; also those registered."""
+    entries = [entry.make for entry in attacks.ATTACKS.values()]
+    parts = [*entries, *attacks.GRADIENTS.values(), *attacks.LOSSES.values()]
+    parts += [getattr(attacks, name) for name in attacks.__all__]
     found = [Protocol, *VERDICTS.values(), *parts]
     return {k.__name__: k for k in found if isinstance(k, type) and dataclasses.is_dataclass(k)}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
+import torch
 
-from ebm_defense.commands.rank_attacks import FITTING
+from ebm_defense.commands.rank_attacks import fitting
 from ebm_defense.weights import load_defense
 
 SMALL = (
@@ -30,14 +31,17 @@ def test_it_ranks_those_asked_for_beside_bpda(run, tiny_defense, tmp_path) -> No
     assert "Linf 0.1" in text
 
 
-def test_the_gradients_that_fit_are_taken_if_none_is_named(tiny_defense) -> None:
-    smooth, piecewise = load_defense("fashion-mnist-smooth"), load_defense("fashion-mnist")
-    kinds = []
-    for defense in (smooth, piecewise):
-        images = next(iter(defense.parameters())).new_full((1, 1, 28, 28), 0.5)
-        kinds.append(defense.purifier.gradients(images)[0])
-    assert FITTING[kinds[0]][0] == "full"
-    assert FITTING[kinds[1]][0].startswith("smoothed")
+def test_the_gradients_that_fit_are_taken_if_none_is_named() -> None:
+    images = torch.full((1, 1, 28, 28), 0.5)
+    found = {
+        name: fitting(load_defense(name, seed=0), images)
+        for name in ("fashion-mnist", "fashion-mnist-smooth", "fashion-mnist-gaussian")
+    }
+    assert found == {
+        "fashion-mnist": ("smoothed", "surrogate(steps=10, through=smoothed())"),
+        "fashion-mnist-smooth": ("full", "surrogate(steps=10, through=full())"),
+        "fashion-mnist-gaussian": ("full",),
+    }
 
 
 @pytest.mark.parametrize(

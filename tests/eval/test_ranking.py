@@ -74,7 +74,6 @@ def test_every_attack_is_made_before_the_first_one_runs(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"gradients": ()}, "at least one gradient"),
         ({"gradients": ("full",), "images": (8, 16, 4)}, "none larger"),
         ({"gradients": ("full",), "images": (8, 4, 0)}, "above 0"),
     ],
@@ -82,6 +81,13 @@ def test_every_attack_is_made_before_the_first_one_runs(
 def test_a_field_that_makes_no_sense_is_refused(settings, message) -> None:
     with pytest.raises(UsageError, match=message):
         Field(**settings)
+
+
+def test_without_a_gradient_through_the_purifier_the_others_go_around_it() -> None:
+    names = [c.attack for c in Field().contests()]
+    assert len(set(names)) == len(names)
+    hammer = next(n for n in names if n.startswith("diffhammer"))
+    assert hammer.endswith("gradient=bpda())")
 
 
 def test_a_field_holds_every_kind_of_attack_once() -> None:
