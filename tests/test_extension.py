@@ -14,18 +14,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from ebm_defense import PurifiedClassifier, Purifier, load_defense
 from ebm_defense.attacks import GRADIENTS, LOSSES, PGD, ThreatModel
 from ebm_defense.attacks.catalogue import ATTACKS, Entry
 from ebm_defense.attacks.gradients.base import Identity
 from ebm_defense.attacks.losses import UntargetedLoss
+from ebm_defense.attacks.norms import NORMS
 from ebm_defense.attacks.optimisers.ascent import Ascent, Memory
-from ebm_defense.attacks.threat import NORMS
 from ebm_defense.commands.main import COMMANDS, main
 from ebm_defense.data import DATASETS, DataSet, Images
 from ebm_defense.data.sampling import in_memory
 from ebm_defense.defense import AVERAGES
 from ebm_defense.eval import PROTOCOLS, Protocol, load_run
 from ebm_defense.eval.reporting.flags import FLAGS
+from ebm_defense.noise import Noise
+from ebm_defense.purifiers.registry import PURIFIERS
 
 SMALL = ("--data", "digits", "--images", "2", "--steps", "1", "--replicates", "1")
 
@@ -63,6 +66,20 @@ class Still(Ascent):
         return origin, memory
 
 
+class Brighter(Purifier):
+    """A purifier: adds a random number to each image."""
+
+    caption = "brighter by {most:g}"
+    differentiable = True
+
+    def __init__(self, most: float) -> None:
+        super().__init__()
+        self.most = most
+
+    def purify(self, images: Tensor, noise: Noise) -> Tensor:
+        return images + self.most * noise.normal(0, images[:, :, :1, :1])
+
+
 @pytest.fixture
 def evaluated(tiny_defense, tmp_path, capsys) -> Callable[..., tuple[str, Path]]:
     """Evaluate from the command line; return what it printed, and its folder."""
@@ -76,6 +93,18 @@ def evaluated(tiny_defense, tmp_path, capsys) -> Callable[..., tuple[str, Path]]
         return " ".join(printed.out.split()), out
 
     return run
+
+
+def test_a_purifier(evaluated, tiny_defense, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(PURIFIERS, "brighter", Brighter)
+    said, out = evaluated("--purifier", "brighter:0.25", "--attack", "pgd", "--gradient", "full")
+    assert "Purifier: brighter by 0.25" in said
+    assert "around the chain" not in said
+    assert main(["verify", str(out), "--replicates", "2"]) == 0
+
+    classifier = load_defense(tiny_defense).classifier
+    folder = PurifiedClassifier(classifier, Brighter(0.5), seed=0).save(tmp_path / "defense")
+    assert load_defense(folder).purifier.most == 0.5
 
 
 def test_a_gradient_and_a_loss(evaluated, monkeypatch) -> None:
@@ -128,7 +157,7 @@ def test_a_data_set(evaluated, monkeypatch) -> None:
 
 
 def test_a_protocol(evaluated, monkeypatch) -> None:
-    def gentle(budget, through):
+    def gentle(budget):
         """One attack that stays at the image."""
         number = budget.over(norm="Linf", eps=0.5, steps=3, replicates=2)
         threat = ThreatModel(norm=number["norm"], eps=number["eps"])
