@@ -168,6 +168,14 @@ class Purifier(nn.Module):
             f"{type(self).__name__}'s."
         )
 
+    def brief(self, images: Tensor) -> Purifier:
+        """Return one that stops as soon as it can and looks nothing up first, to be tried out.
+
+        Args:
+            images: `[b, C, H, W]` in [0, 1], of those that it will purify; one is enough.
+        """
+        return self
+
     def on_the_way(self, images: Tensor, noise: Noise, steps: Collection[int]) -> dict[int, Tensor]:
         """Return the images `[b, C, H, W]` after each of these numbers of steps, by the number; of
         a purifier without steps, only as they end.

@@ -15,7 +15,7 @@ from ebm_defense.engine.derivatives import hessian_product
 from ebm_defense.errors import UsageError
 from ebm_defense.langevin import LangevinSettings, Trace, chain_states, run_chain
 from ebm_defense.noise import KeyedNoise, Noise, chain_keys
-from ebm_defense.precision.chains import checked_precision
+from ebm_defense.precision.chains import checked_precision, known_precision
 from ebm_defense.precision.findings import versions
 from ebm_defense.precision.names import PRECISIONS, resolve_precision
 from ebm_defense.purifiers.base import Plain, PreparedVjp, SteppedPurifier
@@ -96,6 +96,14 @@ class LangevinPurifier(SteppedPurifier):
         chain = self.settings
         longer = chain.step_size * math.sqrt(chain.steps / steps)
         return LangevinPurifier(self.energy, steps, longer, chain.temperature, self.precision)
+
+    def brief(self, images: Tensor) -> LangevinPurifier:
+        """Return the chain's first step, in the precision that is known to be harmless by now."""
+        chain, precision = self.settings, self.precision
+        if precision == "auto":
+            precision = known_precision(self.energy, images, chain)
+        steps = min(1, chain.steps)
+        return LangevinPurifier(self.energy, steps, chain.step_size, chain.temperature, precision)
 
     @property
     def chain_steps(self) -> int:  # type: ignore[override]

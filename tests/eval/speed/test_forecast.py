@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ebm_defense import PurifiedClassifier, Purifier
+from ebm_defense import LangevinPurifier, PurifiedClassifier, Purifier
 from ebm_defense.attacks import PGD, ThreatModel
 from ebm_defense.eval import Protocol
 from ebm_defense.eval.runner import Job, planned_steps
@@ -59,6 +59,44 @@ def test_of_a_chain_and_a_classifier_that_nobody_knows(classifier):
     # A look of 400 chains fills them with shards of 32 images of 2 replicates: six shards, 384.
     assert purifier.seen[-1] == 384
     assert "384 chains" in said
+
+
+class Watched(nn.Module):
+    """An energy that remembers how many images it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(100_000))
+        self.seen: list[int] = []
+
+    def forward(self, x):
+        self.seen.append(len(x))
+        return x.square().flatten(1).sum(1)
+
+
+def test_a_forecast_grows_from_one_chain_and_stops_when_it_can_tell(monkeypatch):
+    """Of an energy that takes 50 ms an image, a whole look of 384 chains would take minutes."""
+    energy = Watched()
+
+    def clocked(run, device, clock):
+        run()
+        return 0.05 * energy.seen[-1]
+
+    monkeypatch.setattr("ebm_defense.eval.speed.forecast.timed", clocked)
+    monkeypatch.setattr("ebm_defense.eval.speed.forecast.ENOUGH", 0.3)
+    work = job(nn.Flatten(), LangevinPurifier(energy, steps=1000))
+    said = forecast(work)
+    assert max(energy.seen) == 4
+    assert f"chain-steps: {6 * planned_steps(work):,} if" in said
+    assert "on 4 of 384 chains" in said
+    assert "at 19.98 chain-steps a second" in said
+
+
+def test_nothing_is_checked_for_a_forecast(monkeypatch):
+    """The check of a faster precision takes as long as it takes, and belongs to the run itself."""
+    monkeypatch.setattr("ebm_defense.precision.chains.check", lambda *_: pytest.fail("a check"))
+    monkeypatch.setattr("ebm_defense.eval.speed.forecast.ENOUGH", 0.0)
+    forecast(job(nn.Flatten(), LangevinPurifier(Watched(), steps=1000)))
 
 
 def test_of_noise_there_are_no_chain_steps_to_tell():
