@@ -24,7 +24,7 @@ TIMED_STEPS = {"cpu": 5, "cuda": 250}
 """On a GPU enough for chains to be captured as graphs before they are timed."""
 ENOUGH = 0.5
 """Seconds of a trial that say how long more of it takes; a quicker one is repeated with more."""
-GROWTH = 4
+GROWTH, MORE_STEPS = 4, 4
 FLOATS_A_PIXEL = 200
 """That a chain and the classifier behind it hold at a time, roughly, where nothing was measured."""
 
@@ -137,13 +137,25 @@ def _trial(brief: Job, count: int) -> Trial:
 def _rate(brief: Job, whole: int, last: Trial, chains: int) -> float:
     """Return the chain-steps a second of all chains, of `whole` steps each."""
     if last.chains == chains and last.chain + last.look <= ENOUGH:
-        last = _measured(brief, chains)  # so quick that one trial says little
-    return last.chains / (last.chain + last.look / whole)
+        last = _measured(brief, whole, chains)  # so quick that one trial says little
+        return last.chains / (last.chain + last.look / whole)
+    return last.chains / (_step_alone(brief, last) + last.look / whole)
 
 
-def _measured(brief: Job, chains: int) -> Trial:
+def _step_alone(brief: Job, last: Trial) -> float:
+    """Return the seconds of a step by what more of them add, as an engine prepares once a chain."""
+    chain, _, whole = _pieces(brief, last.chains, MORE_STEPS)
+    if not isinstance(brief.defense.purifier, SteppedPurifier):
+        return last.chain
+    seconds = timed(chain, brief.images.device, time.perf_counter)
+    added = (seconds - last.chain) / (whole - 1)
+    return added if added > 0 else seconds / whole
+
+
+def _measured(brief: Job, whole: int, chains: int) -> Trial:
     """Return a trial of several steps that was repeated for some seconds."""
-    chain, look, steps = _pieces(brief, chains, TIMED_STEPS)
+    enough = TIMED_STEPS.get(brief.images.device.type, TIMED_STEPS["cpu"])
+    chain, look, steps = _pieces(brief, chains, min(enough, whole))
     t = alternate({"chain": chain, "look": look}, TIMED_SECONDS, brief.images.device)
     return Trial(chains, t["chain"] / steps, t["look"], None)
 
