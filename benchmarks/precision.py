@@ -18,14 +18,13 @@ from pathlib import Path
 
 import torch
 from common import Options, Result, main
-from torch import Tensor
 
-from ebm_defense import LangevinPurifier, PurifiedClassifier, load_data, load_defense
+from ebm_defense import load_data, load_defense
+from ebm_defense.commands.precision import compare_precisions
 from ebm_defense.files import write_text
 from ebm_defense.folders import shipped
-from ebm_defense.noise import chain_keys
-from ebm_defense.precision.chains import Finding, check, finding_key
-from ebm_defense.precision.classifiers import Agreement, agreement_key, compare
+from ebm_defense.precision.chains import Finding
+from ebm_defense.precision.classifiers import Agreement
 from ebm_defense.precision.findings import SHOWN
 
 FILE = Path(__file__).parent.parent / "ebm_defense" / "precision" / SHOWN
@@ -37,28 +36,11 @@ def findings(chains: int, device: torch.device) -> dict[str, Finding | Agreement
     for name, settings in shipped():
         defense = load_defense(name).to(device)
         images, labels = (t.to(device) for t in load_data(settings.data, "val", chains))
-        new: dict[str, Finding | Agreement] = {}
-        if isinstance(defense.purifier, LangevinPurifier):
-            new |= chain_finding(defense, defense.purifier, images, labels)
-        keys = chain_keys(0, "precision", range(len(images)), range(1))
-        with torch.no_grad():
-            purified = defense.purify_replicates(images, keys)[0]
-        new[agreement_key(defense.classifier, device)] = compare(defense.classifier, purified)
+        new = dict(compare_precisions(defense, images, labels).values())
         for key, finding in new.items():
             print(name, key, finding, flush=True)
         found |= new
     return found
-
-
-def chain_finding(
-    defense: PurifiedClassifier, purifier: LangevinPurifier, images: Tensor, labels: Tensor
-) -> dict[str, Finding]:
-    """Return what is found of one energy's chains, one from each image."""
-    finding = check(
-        purifier.energy, images, purifier.settings,
-        chains=len(images), classify=defense.classifier, labels=labels,
-    )  # fmt: skip
-    return {finding_key(purifier.energy, images, purifier.settings): finding}
 
 
 @dataclass(frozen=True, kw_only=True)

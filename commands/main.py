@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Entry] = {
     "assemble": Entry("assemble", "Assemble", "put trained parts together into a defense folder"),
     "bench": Entry("bench", "Bench", "measure Langevin steps a second on this machine"),
     "doctor": Entry("doctor", "Doctor", "say what this machine has, and check what it computes"),
+    "precision": Entry("precision", "Precision", "check bf16 on a defense, and keep the finding"),
     "checkpoints": Entry("checkpoints", "Checkpoints", "list, verify and import defenses"),
 }
 
@@ -127,6 +129,8 @@ def _terminable() -> Iterator[None]:
 def _run(name: str, rest: list[str]) -> int:
     if name not in COMMANDS:
         raise UsageError(f"unknown command {name!r}; choose one of {', '.join(COMMANDS)}.")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ebm_defense.precision").setLevel(logging.INFO)
     entry = COMMANDS[name]
     command = getattr(importlib.import_module(f"ebm_defense.commands.{entry.module}"), entry.cls)
     status: int = parse(command, name, rest).run()

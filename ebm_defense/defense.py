@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from ebm_defense.modes import in_eval_mode, modules_of
 from ebm_defense.noise import KeyedNoise, chain_keys, fresh_seed
 from ebm_defense.numbers import whole
 from ebm_defense.outputs import logits_of
-from ebm_defense.precision.classifiers import PAIRS, VERDICT_PRECISIONS, checked_verdicts
+from ebm_defense.precision.classifiers import VERDICT_PRECISIONS, allowed_verdicts
 from ebm_defense.precision.findings import versions
 from ebm_defense.precision.names import resolve_precision
 from ebm_defense.purifiers.base import straight_through
@@ -92,9 +91,9 @@ class PurifiedClassifier(nn.Module):
         seed: seed of the calls' noise; None for fresh noise. Two calls always differ.
         undefended: the classifier that reports show as undefended; `classifier` if not given.
         verdict_precision: of the classifier where a judge asks, "fp32", "bf16", or "auto": bf16
-            where it is fast and was shown to name the same classes, which is looked up or checked
-            at the first verdict (see `ebm_defense.precision.classifiers`). Gradients, attacks and
-            calls of the module always get the classifier as it is.
+            where it is fast and a finding that ships, or that `ebm-defense precision` made, shows
+            that it names the same classes (see `ebm_defense.precision.classifiers`), else fp32.
+            Gradients, attacks and calls of the module always get the classifier as it is.
 
     Raises:
         UsageError: a setting out of range.
@@ -290,8 +289,8 @@ class PurifiedClassifier(nn.Module):
     def resolved_verdict_precision(self, images: Tensor) -> str:
         """Return the precision in which verdicts on these images would be passed.
 
-        With "auto" the first call for a classifier that nothing is known of runs `PAIRS` chains. A
-        defense without noise, of which one pass says all, keeps fp32, and so do float64 images.
+        A defense without noise, of which one pass says all, keeps fp32 by "auto", and so do float64
+        images.
         """
         asked = self.verdict_precision
         if asked != "auto" or images.dtype != torch.float32:
@@ -302,17 +301,8 @@ class PurifiedClassifier(nn.Module):
             return "fp32"
         about = (images.device, *versions(self.classifier))
         if about not in self._checked:
-            purified = partial(self._some_purified, images)
-            found = checked_verdicts(self.classifier, images.device, purified)
-            self._checked = {about: found}
+            self._checked = {about: allowed_verdicts(self.classifier, images.device)}
         return self._checked[about]
-
-    def _some_purified(self, images: Tensor) -> Tensor:
-        each = math.ceil(PAIRS / min(len(images), PAIRS))
-        some = images[:PAIRS]
-        keys = chain_keys(0, "verdict precision", range(len(some)), range(each))
-        with torch.no_grad():
-            return self.purify_replicates(some, keys).flatten(0, 1)
 
     def chunks(self, keys: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Split keys `[r, b]` into runs of at most `max_chains`: image rows and keys of each."""

@@ -1,5 +1,4 @@
-"""Whether chains in a faster precision purify as fp32 ones do: shown once for each energy, kept,
-looked up.
+"""Whether chains in a faster precision purify as fp32 ones do: shown once, then looked up.
 
 Not being able to tell two precisions apart is no proof that they are alike. So each finding states
 the margin that was shown: the smallest at which two one-sided tests at 5% (Schuirmann 1987, TOST)
@@ -10,10 +9,8 @@ differences. Chains of both precisions start alike and feel the same noise.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +18,7 @@ from torch import Tensor, nn
 from ebm_defense.engine import Energy, choose_engine
 from ebm_defense.langevin import LangevinSettings, run_chain
 from ebm_defense.noise import KeyedNoise, chain_keys
-from ebm_defense.precision.findings import keep, key_of, look_up
+from ebm_defense.precision.findings import key_of, located, look_up, say_unknown, say_used
 from ebm_defense.precision.names import resolve_precision
 
 CHAIN_STEPS = {"cpu": 12_800, "cuda": 6_500_000}
@@ -34,8 +31,6 @@ REFEREED, REFEREED_STEPS = 4, 20
 SMALL = 20_000
 """Energies of fewer parameters gain nothing from bf16 and are left in fp32, unchecked."""
 QUANTILE = 1.645
-
-_log = logging.getLogger("ebm_defense")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,17 +75,16 @@ class Finding:
     referee_fast: float = 0.0
 
 
-def checked_precision(energy: Energy, images: Tensor, settings: LangevinSettings) -> str:
-    """Return the fastest precision that was shown to purify as fp32 does: "bf16", on a GPU else
-    "tf32", or "fp32".
+def allowed_precision(energy: Energy, images: Tensor, settings: LangevinSettings) -> str:
+    """Return the fastest precision that a finding shows to purify as fp32 does: "bf16", on a GPU
+    else "tf32", or "fp32".
 
-    The finding is looked up among those of the package and of the user's cache; where there is
-    none, the check is made now and kept. On a CPU chains of more than 200 steps would take minutes
-    to check, which is left to who asks for it, and keep fp32.
+    The finding is one of the package or one that `ebm-defense precision` kept; without one nothing
+    is tried. Which it is, is logged once.
 
     Args:
         energy: the energy.
-        images: `[b, C, H, W]` in [0, 1]; a check starts its chains from them.
+        images: `[b, C, H, W]` in [0, 1], such as those to be purified.
         settings: of the chain.
     """
     if images.dtype == torch.float64:
@@ -98,8 +92,12 @@ def checked_precision(energy: Energy, images: Tensor, settings: LangevinSettings
     if settings.steps and len(images) and _worth_it(energy):
         assert isinstance(energy, nn.Module)
         for precision in faster_precisions(images.device):
-            if _shown(energy, images, settings, precision):
+            key = finding_key(energy, images, settings, precision)
+            where = _shown(key, settings.steps)
+            if where is not None:
+                say_used(f"chains of {settings.steps} steps run in {precision}", where)
                 return precision
+            say_unknown(precision, settings.steps)
     return "fp32"
 
 
@@ -109,49 +107,17 @@ def faster_precisions(device: torch.device) -> list[str]:
     return [p for p in dict.fromkeys(found) if p != "fp32"]
 
 
-def _shown(energy: nn.Module, images: Tensor, settings: LangevinSettings, precision: str) -> bool:
-    key = finding_key(energy, images, settings, precision)
-    finding = known_finding(key, settings.steps)
-    if finding is None:
-        if _affordable(images.device, settings) < FEWEST:
-            _say_unchecked(precision, settings.steps)
-            return False
-        finding = check(energy, images, settings, precision=precision)
-        keep(key, finding)
-        verdict = "is used" if finding.equivalent else "is not used: its margins are too wide"
-        _log.warning(
-            "%s chains were compared with fp32 ones; %s %s (%s).",
-            precision, precision, verdict, finding,
-        )  # fmt: skip
-    return finding.equivalent
+def _shown(key: str, steps: int) -> str | None:
+    """Return where the finding is that allows chains of this length, if there is one."""
+    covering = ((f, where) for f, where in located(key, Finding) if f.steps >= steps)
+    found, where = next(covering, (None, None))
+    return where if found is not None and found.equivalent else None
 
 
-def _affordable(device: torch.device, settings: LangevinSettings) -> int:
-    """Return how many chains a check of these settings takes that nobody asked for."""
+def affordable(device: torch.device, settings: LangevinSettings) -> int:
+    """Return how many chains a check of these settings takes if nobody says how many."""
     steps = CHAIN_STEPS.get(device.type, CHAIN_STEPS["cpu"])
     return min(ENOUGH, steps // max(settings.steps, 1))
-
-
-@cache
-def _say_unchecked(precision: str, steps: int) -> None:
-    _log.warning(
-        "chains of %d steps are long to compare in %s and fp32 on this device, and keep fp32; "
-        "benchmarks/precision.py compares them.", steps, precision,
-    )  # fmt: skip
-
-
-def known_precision(energy: Energy, images: Tensor, settings: LangevinSettings) -> str:
-    """Return the fastest precision that was shown harmless by now; nothing is checked."""
-    if images.dtype == torch.float64:
-        return "fp64"
-    if settings.steps and len(images) and _worth_it(energy):
-        assert isinstance(energy, nn.Module)
-        for precision in faster_precisions(images.device):
-            key = finding_key(energy, images, settings, precision)
-            finding = known_finding(key, settings.steps)
-            if finding is not None and finding.equivalent:
-                return precision
-    return "fp32"
 
 
 def _worth_it(energy: Energy) -> bool:
@@ -200,7 +166,7 @@ def check(
         classify: maps purified images to logits, to compare accuracies too.
         labels: `[b]`, with `classify`.
     """
-    chains = chains or max(FEWEST, _affordable(images.device, settings))
+    chains = chains or max(FEWEST, affordable(images.device, settings))
     rows = torch.arange(chains, device=images.device) % len(images)
     starts = images[rows].float()
     ends = {p: _purified(energy, starts, settings, p) for p in ("fp32", precision)}

@@ -1,4 +1,4 @@
-"""Whether a classifier names in bf16 the class that it names in fp32: shown once, kept, looked up.
+"""Whether a classifier names in bf16 the class that it names in fp32: shown once, then looked up.
 
 It concerns verdicts alone, which are argmaxes of averages: gradients and scores that an attack sees
 are never rounded. What is shown is a margin, as for chains (see `precision`), of the share of
@@ -8,7 +8,6 @@ purified images on which the two classes differ, which bounds how far any accura
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from ebm_defense.engine.derivatives import arithmetic
 from ebm_defense.outputs import logits_of
 from ebm_defense.precision.chains import share_margin
-from ebm_defense.precision.findings import keep, key_of, look_up
+from ebm_defense.precision.findings import key_of, located, say_used
 from ebm_defense.precision.names import resolve_precision
 
 VERDICT_PRECISIONS = ("auto", "fp32", "bf16")
@@ -46,28 +45,22 @@ class Agreement:
     differ: float
 
 
-def checked_verdicts(
-    classifier: nn.Module, device: torch.device, purified: Callable[[], Tensor]
-) -> str:
-    """Return "bf16" where it is fast and was shown to name the classes that fp32 does, else "fp32".
+def allowed_verdicts(classifier: nn.Module, device: torch.device) -> str:
+    """Return "bf16" where it is fast and a finding shows that it names the classes that fp32 does,
+    else "fp32"; see `precision.chains.allowed_precision`.
 
     Args:
         classifier: maps `[N, C, H, W]` in [0, 1] to logits `[N, classes]`.
         device: where it runs.
-        purified: makes `PAIRS` purified images, if nothing is known of this classifier.
     """
     fastest = resolve_precision("fastest", device, torch.float32)
     if fastest != "bf16" or sum(p.numel() for p in classifier.parameters()) < SMALL:
         return "fp32"
-    key = agreement_key(classifier, device)
-    found = next(look_up(key, Agreement), None)
-    if found is None:
-        found = compare(classifier, purified())
-        keep(key, found)
-        verdict = "are" if found.equivalent else "are not"
-        _log.warning("the classifier was compared with itself in bf16; its verdicts %s passed in "
-                     "it (%s).", verdict, found)  # fmt: skip
-    return "bf16" if found.equivalent else "fp32"
+    found, where = next(located(agreement_key(classifier, device), Agreement), (None, ""))
+    if found is None or not found.equivalent:
+        return "fp32"
+    say_used("verdicts are passed in bf16", where)
+    return "bf16"
 
 
 def agreement_key(classifier: nn.Module, device: torch.device) -> str:

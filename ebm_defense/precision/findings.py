@@ -8,6 +8,7 @@ import logging
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,21 +17,18 @@ import torch
 from torch import nn
 
 from ebm_defense.files import atomic
-from ebm_defense.fingerprint import raw_bytes
+from ebm_defense.fingerprint import fingerprint
 
 SHOWN = "findings.json"
 F = TypeVar("F")
 
-_log = logging.getLogger("ebm_defense")
+_log = logging.getLogger("ebm_defense.precision")
 
 
 def key_of(network: nn.Module, device: torch.device, **about: Any) -> str:
     """Return what a finding is about: weights, network, kind of device, and what else is named."""
-    weights = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        weights.update(name.encode() + raw_bytes(value))
     parts = about | {
-        "weights": weights.hexdigest(),
+        "weights": fingerprint(network),
         "network": repr(network),
         "device": device_kind(device),
     }
@@ -46,16 +44,31 @@ def device_kind(device: torch.device) -> str:
 
 def look_up(key: str, kind: type[F]) -> Iterator[F]:
     """Yield the findings of a kind, a dataclass, that the package and the user's cache hold."""
-    shown = files("ebm_defense.precision").joinpath(SHOWN)
-    for path in (Path(str(shown)), _cached(key)):
+    for found, _ in located(key, kind):
+        yield found
+
+
+def located(key: str, kind: type[F]) -> Iterator[tuple[F, str]]:
+    """Yield the findings of a kind as `look_up` does, each with where it was found."""
+    shown = Path(str(files("ebm_defense.precision").joinpath(SHOWN)))
+    for path, where in ((shown, "that ships"), (_cached(key), f"in {_cached(key)}")):
         try:
-            yield kind(**json.loads(path.read_text(encoding="utf-8"))[key])
+            found = kind(**json.loads(path.read_text(encoding="utf-8"))[key])
         except (OSError, ValueError, KeyError, TypeError):
             continue  # absent, of another version or damaged: as if nothing were known
+        yield found, where
 
 
-def keep(key: str, finding: Any) -> None:
-    """Write a finding to the user's cache; a cache that cannot be written is only logged."""
+@cache
+def say_used(what: str, where: str) -> None:
+    """Say once by which finding a faster precision is taken."""
+    _log.info("%s, by the finding %s.", what, where)
+
+
+def keep(key: str, finding: Any) -> Path:
+    """Write a finding to the user's cache and return where; a cache that cannot be written is only
+    logged.
+    """
     path = _cached(key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,6 +76,16 @@ def keep(key: str, finding: Any) -> None:
             partial.write_text(json.dumps({key: asdict(finding)}), encoding="utf-8")
     except OSError as error:
         _log.warning("a finding cannot be kept in %s (%s).", path, error.strerror)
+    return path
+
+
+@cache
+def say_unknown(precision: str, steps: int) -> None:
+    """Say once that a faster precision is not taken, since no finding allows it."""
+    _log.info(
+        "chains of %d steps are not run in %s, which no finding allows here; "
+        "`ebm-defense precision` compares it with fp32.", steps, precision,
+    )  # fmt: skip
 
 
 def versions(network: object) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ def resolve_precision(precision: str, device: torch.device, dtype: torch.dtype) 
     """Return what a precision means here: "fp32", "tf32", "bf16", or "fp64" for float64 images.
 
     "fastest" is what the processor multiplies natively, whether or not chains in it purify as fp32
-    ones do; a purifier's "auto" asks `precision.checked_precision`. Only the energy's inner
+    ones do; a purifier's "auto" asks `precision.chains.allowed_precision`. Only the energy's inner
     activations lose digits; state, noise and update keep `dtype`. float64 always wins, and what a
     GPU lacks is fp32, said once; CPUs compute "tf32" in fp32.
 

@@ -8,17 +8,24 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebm_defense.engine import Energy, prepare_product
 from ebm_defense.engine.derivatives import hessian_product
 from ebm_defense.errors import UsageError
 from ebm_defense.langevin import LangevinSettings, Trace, chain_states, run_chain
 from ebm_defense.noise import KeyedNoise, Noise, chain_keys
-from ebm_defense.precision.chains import checked_precision, known_precision
+from ebm_defense.precision.chains import (
+    Finding,
+    affordable,
+    allowed_precision,
+    check,
+    faster_precisions,
+    finding_key,
+)
 from ebm_defense.precision.findings import versions
 from ebm_defense.precision.names import PRECISIONS, resolve_precision
-from ebm_defense.purifiers.base import Plain, PreparedVjp, SteppedPurifier
+from ebm_defense.purifiers.base import Classify, Plain, PreparedVjp, SteppedPurifier
 
 
 class LangevinPurifier(SteppedPurifier):
@@ -30,9 +37,8 @@ class LangevinPurifier(SteppedPurifier):
         step_size: ε > 0, in [-1, 1] pixel units.
         temperature: T > 0; the defaults are the published update for CIFAR-10.
         precision: one of `PRECISIONS`, for the energy's inner activations, or "auto": bf16
-            where it is fast and chains in it were shown to purify as fp32 ones do, which is
-            looked up or checked at the first purification (see `ebm_defense.precision.chains`).
-            float64 images always keep float64.
+            where it is fast and a finding that ships, or that `ebm-defense precision` made, shows
+            that chains in it purify as fp32 ones do, else fp32. float64 images keep float64.
 
     Raises:
         UsageError: a setting out of range.
@@ -82,6 +88,23 @@ class LangevinPurifier(SteppedPurifier):
         curved = self.curvature(one, direction.normal(0, one)).any()
         return ("full", "bpda") if curved else ("smoothed", "bpda")
 
+    def compare_precisions(
+        self, images: Tensor, classify: Classify, labels: Tensor
+    ) -> dict[str, tuple[str, Finding]]:
+        if not isinstance(self.energy, nn.Module) or not self.chain_steps:
+            return {}
+        energy, chain = self.energy, self.settings
+        count = max(len(images), affordable(images.device, chain))
+
+        def compared(precision: str) -> tuple[str, Finding]:
+            found = check(
+                energy, images, chain,
+                precision=precision, chains=count, classify=classify, labels=labels,
+            )  # fmt: skip
+            return finding_key(energy, images, chain, precision), found
+
+        return {p: compared(p) for p in faster_precisions(images.device)}
+
     def shortened(self, steps: int) -> LangevinPurifier:
         """Return the chain of fewer, larger steps of the same total time Σε².
 
@@ -98,10 +121,9 @@ class LangevinPurifier(SteppedPurifier):
         return LangevinPurifier(self.energy, steps, longer, chain.temperature, self.precision)
 
     def brief(self, images: Tensor) -> LangevinPurifier:
-        """Return the chain's first step, in the precision that is known to be harmless by now."""
-        chain, precision = self.settings, self.precision
-        if precision == "auto":
-            precision = known_precision(self.energy, images, chain)
+        """Return the chain's first step, in the precision of the whole."""
+        chain, precision = self.settings, self.resolved_precision(images)
+        precision = precision if precision in PRECISIONS else self.precision
         steps = min(1, chain.steps)
         return LangevinPurifier(self.energy, steps, chain.step_size, chain.temperature, precision)
 
@@ -180,15 +202,12 @@ class LangevinPurifier(SteppedPurifier):
             prepared(x, x, lambda z, slope: torch.ones_like(z))
 
     def resolved_precision(self, images: Tensor) -> str:
-        """Return the precision that these images would be purified in; see `precision`.
-
-        With "auto" the first call for an energy that nothing is known of takes some seconds.
-        """
+        """Return the precision that these images would be purified in; see `precision`."""
         if self.precision != "auto":
             return resolve_precision(self.precision, images.device, images.dtype)
         about = (images.device, images.dtype, self.settings, *versions(self.energy))
         if about not in self._checked:
-            self._checked = {about: checked_precision(self.energy, images, self.settings)}
+            self._checked = {about: allowed_precision(self.energy, images, self.settings)}
         return self._checked[about]
 
     def extra_repr(self) -> str:

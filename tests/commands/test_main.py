@@ -21,6 +21,7 @@ def test_help_lists_every_command(run) -> None:
 POSITIONAL: dict[str, set[str]] = {
     "checkpoints": {"action", "name"},
     "diagnose": {"energy"},
+    "precision": {"defense"},
     "purify": {"images"},
     "merge": {"runs"},
     "compare": {"runs"},

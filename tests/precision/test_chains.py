@@ -16,13 +16,13 @@ from ebm_defense.precision import chains as module
 from ebm_defense.precision.chains import (
     Finding,
     Margins,
+    allowed_precision,
     check,
-    checked_precision,
     finding_key,
-    keep,
     known_finding,
     margin_shown,
 )
+from ebm_defense.precision.findings import keep, say_unknown, say_used
 
 NAMES = ["fashion-mnist", "fashion-mnist-smooth"]
 CHAIN = LangevinSettings(steps=4, step_size=0.05, temperature=0.0036)  # none ships for it
@@ -32,6 +32,8 @@ CHAIN = LangevinSettings(steps=4, step_size=0.05, temperature=0.0036)  # none sh
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("ebm_defense.precision.names._has_bf16", lambda device: True)
+    say_used.cache_clear()
+    say_unknown.cache_clear()
 
 
 @pytest.fixture
@@ -133,26 +135,29 @@ def test_what_a_finding_is_about(energy, images):
 
 
 @pytest.mark.parametrize(("equivalent", "expected"), [(True, "bf16"), (False, "fp32")])
-def test_auto_follows_the_finding_which_is_made_once(
-    energy, images, equivalent, expected, monkeypatch, caplog
+def test_auto_follows_a_finding_that_was_made_and_says_which(
+    energy, images, equivalent, expected, caplog
 ):
-    calls = []
+    chain = LangevinSettings(steps=10, step_size=0.07, temperature=0.0036)
+    path = keep(finding_key(energy, images, chain), finding(equivalent=equivalent))
+    with caplog.at_level(logging.INFO, "ebm_defense"):
+        for _ in range(2):
+            purifier = LangevinPurifier(energy, **asdict(chain))
+            assert purifier.resolved_precision(images) == expected
+    said = [m for r in caplog.records if "by the finding" in (m := r.getMessage())]
+    assert said == [f"chains of 10 steps run in bf16, by the finding in {path}."] * equivalent
 
-    def checked(*arguments, **options):
-        calls.append(arguments)
-        return finding(equivalent=equivalent)
 
-    monkeypatch.setattr(module, "check", checked)
+def test_auto_tries_nothing_and_writes_nothing(energy, images, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "run_chain", lambda *_, **__: pytest.fail("tried"))
     purifier = LangevinPurifier(energy, steps=10, step_size=0.07, temperature=0.0036)
-    assert not calls  # making one is cheap
-    with caplog.at_level(logging.WARNING, "ebm_defense"):
-        assert purifier.resolved_precision(images) == expected
-        again = LangevinPurifier(energy, steps=10, step_size=0.07, temperature=0.0036)
-        assert again.resolved_precision(images) == expected
-    assert len(calls) == len(caplog.records) == 1
+    assert purifier.resolved_precision(images) == "fp32"
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_or_unwritable_cache_only_costs_a_check(energy, images, tmp_path, caplog):
+def test_a_damaged_or_unwritable_cache_is_as_if_nothing_were_known(
+    energy, images, tmp_path, caplog
+):
     key = finding_key(energy, images, CHAIN)
     (tmp_path / "ebm-defense").write_text("in the way")
     with caplog.at_level(logging.WARNING, "ebm_defense"):
@@ -166,20 +171,20 @@ def test_a_damaged_or_unwritable_cache_only_costs_a_check(energy, images, tmp_pa
         assert known_finding(key, 1) is None
 
 
-def test_float64_small_energies_functions_and_nothing_are_never_checked(images, monkeypatch):
-    monkeypatch.setattr(module, "check", lambda *_, **__: pytest.fail("checked"))
+def test_float64_small_energies_functions_and_nothing_are_never_looked_up(images, monkeypatch):
+    monkeypatch.setattr(module, "located", lambda *_: pytest.fail("looked up"))
     small = nn.Sequential(nn.Flatten(), nn.Linear(784, 1), nn.Flatten(0))
     for energy in (small, lambda x: x.flatten(1).sum(1)):
-        assert checked_precision(energy, images, CHAIN) == "fp32"
+        assert allowed_precision(energy, images, CHAIN) == "fp32"
     big = load_energy("fashion-mnist")
-    assert checked_precision(big, images[:0], CHAIN) == "fp32"
-    assert checked_precision(big, images, LangevinSettings(steps=0)) == "fp32"
+    assert allowed_precision(big, images[:0], CHAIN) == "fp32"
+    assert allowed_precision(big, images, LangevinSettings(steps=0)) == "fp32"
     assert LangevinPurifier(big).resolved_precision(images.double()) == "fp64"
 
 
 @pytest.mark.parametrize("asked", ["fp32", "bf16"])
 def test_a_precision_asked_for_is_taken(asked, energy, images, monkeypatch):
-    monkeypatch.setattr(module, "check", lambda *_, **__: pytest.fail("checked"))
+    monkeypatch.setattr(module, "located", lambda *_: pytest.fail("looked up"))
     assert LangevinPurifier(energy, precision=asked).resolved_precision(images) == asked
 
 
@@ -199,19 +204,12 @@ class TestOnAGpu:
         ("equivalent", "expected"),
         [({"bf16", "tf32"}, "bf16"), ({"tf32"}, "tf32"), (set(), "fp32")],
     )
-    def test_the_fastest_that_was_shown_is_taken(
-        self, equivalent, expected, energy, images, monkeypatch
-    ):
-        checked = []
-
-        def check(*_, precision):
-            checked.append(precision)
-            return finding(equivalent=precision in equivalent, steps=1500)
-
-        monkeypatch.setattr(module, "check", check)
-        for _ in range(2):
-            assert checked_precision(energy, images, LangevinSettings(steps=1500)) == expected
-        assert checked == ["bf16", "tf32"][: 1 if expected == "bf16" else 2]
+    def test_the_fastest_that_was_shown_is_taken(self, equivalent, expected, energy, images):
+        chain = LangevinSettings(steps=1500)
+        for precision in ("bf16", "tf32"):
+            key = finding_key(energy, images, chain, precision)
+            keep(key, finding(equivalent=precision in equivalent, steps=1500))
+        assert allowed_precision(energy, images, chain) == expected
 
     def test_published_chains_are_checked_on_enough_to_approve(self, energy, images, monkeypatch):
         """Differences as large as energies themselves, of mean 0, are within the margin."""
@@ -233,13 +231,11 @@ class TestOnAGpu:
         assert found.equivalent
 
 
-def test_long_chains_are_not_checked_unasked_on_a_cpu(energy, images, monkeypatch, caplog):
-    monkeypatch.setattr(module, "check", lambda *_, **__: pytest.fail("checked"))
-    module._say_unchecked.cache_clear()
-    with caplog.at_level(logging.WARNING, "ebm_defense"):
+def test_where_nothing_is_known_it_is_said_once_how_to_know(energy, images, caplog):
+    chain = LangevinSettings(steps=1500)
+    with caplog.at_level(logging.INFO, "ebm_defense"):
         for _ in range(2):
-            assert checked_precision(energy, images, LangevinSettings(steps=1500)) == "fp32"
-    assert len([r for r in caplog.records if "benchmarks/precision.py" in r.getMessage()]) == 1
-    key = finding_key(energy, images, LangevinSettings(steps=1500))
-    keep(key, finding(steps=1500))
-    assert checked_precision(energy, images, LangevinSettings(steps=1500)) == "bf16"
+            assert allowed_precision(energy, images, chain) == "fp32"
+    assert [("`ebm-defense precision`" in r.getMessage()) for r in caplog.records] == [True]
+    keep(finding_key(energy, images, chain), finding(steps=1500))
+    assert allowed_precision(energy, images, chain) == "bf16"

@@ -19,10 +19,10 @@ from ebm_defense.precision.classifiers import (
     PAIRS,
     Agreement,
     agreement_key,
-    checked_verdicts,
+    allowed_verdicts,
     compare,
 )
-from ebm_defense.precision.findings import look_up
+from ebm_defense.precision.findings import keep, look_up, say_used
 from ebm_defense.purifiers.baselines import BitDepth, GaussianNoise
 
 CPU = torch.device("cpu")
@@ -32,6 +32,7 @@ CPU = torch.device("cpu")
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("ebm_defense.precision.names._has_bf16", lambda device: True)
+    say_used.cache_clear()
 
 
 class Net(nn.Module):
@@ -87,17 +88,13 @@ def test_the_shipped_classifiers_findings_ship(name, sample):
     assert defense.resolved_verdict_precision(sample.images) == "bf16"
 
 
-@pytest.mark.parametrize(("wrong", "expected"), [(0, "bf16"), (9, "fp32")])
-def test_auto_follows_the_finding_which_is_made_once_and_kept(wrong, expected, caplog):
-    made = []
-
-    def purified() -> torch.Tensor:
-        made.append(1)
-        return images_of()
-
-    with caplog.at_level(logging.WARNING, "ebm_defense"):
-        assert [checked_verdicts(Net(wrong), CPU, purified) for _ in range(3)] == [expected] * 3
-    assert len(made) == len(caplog.records) == 1
+@pytest.mark.parametrize(("equivalent", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_auto_follows_a_finding_that_was_made_and_says_which(equivalent, expected, caplog):
+    path = keep(agreement_key(Net(), CPU), _found(equivalent))
+    with caplog.at_level(logging.INFO, "ebm_defense"):
+        assert [allowed_verdicts(Net(), CPU) for _ in range(3)] == [expected] * 3
+    said = [r.getMessage() for r in caplog.records]
+    assert said == ([f"verdicts are passed in bf16, by the finding in {path}."] * equivalent)
 
 
 def test_a_finding_is_of_its_weights():
@@ -109,41 +106,33 @@ def test_a_finding_is_of_its_weights():
     assert agreement_key(net, CPU) != key
 
 
-def test_a_classifier_that_fails_in_bf16_keeps_fp32_and_it_is_said_once(caplog):
-    defense = defense_of(Fails())
-    keys = chain_keys(0, "test", range(3), range(2))
+def test_a_classifier_that_fails_in_bf16_is_not_equivalent(caplog):
     with caplog.at_level(logging.WARNING, "ebm_defense"):
-        logits = [defense.verdict_logits(images_of(3), keys) for _ in range(2)]
-    assert torch.equal(logits[0], defense.replicate_logits(images_of(3), keys))
-    assert [r.getMessage() for r in caplog.records][:1] == [
+        found = compare(Fails(), images_of(3))
+    assert (found.equivalent, found.differ) == (False, 1.0)
+    assert [r.getMessage() for r in caplog.records] == [
         "the classifier fails in bf16 (LookupError: no kernel)."
     ]
-    assert len(caplog.records) == 2  # and what was found
 
 
-def test_new_weights_are_looked_at_anew(monkeypatch):
-    seen = []
-    monkeypatch.setattr(module, "compare", lambda *given: seen.append(given) or _found(True))
+def test_auto_tries_nothing_writes_nothing_and_sees_new_weights(monkeypatch, tmp_path):
     net = Net()
     defense = defense_of(net)
-    assert not seen  # making one is cheap
-    for _ in range(2):
-        assert defense.resolved_verdict_precision(images_of(3)) == "bf16"
-    assert len(seen) == 1
-    assert len(seen[0][1]) >= PAIRS  # though there are only three images
-    assert len(seen[0][1].flatten(1).unique(dim=0)) == len(seen[0][1])  # each with its own noise
+    assert defense.resolved_verdict_precision(images_of(3)) == "fp32"
+    assert not net.reduced
+    assert not list(tmp_path.iterdir())
     with torch.no_grad():
         net.weight.add_(1.0)
-    defense.resolved_verdict_precision(images_of(3))
-    assert len(seen) == 2
+    keep(agreement_key(net, CPU), _found(True))
+    assert defense.resolved_verdict_precision(images_of(3)) == "bf16"
 
 
 def _found(equivalent: bool) -> Agreement:
     return Agreement(equivalent=equivalent, images=PAIRS, differ=0.0)
 
 
-def test_what_gains_nothing_is_never_compared(monkeypatch):
-    monkeypatch.setattr(module, "compare", lambda *_: pytest.fail("compared"))
+def test_what_gains_nothing_is_never_looked_up(monkeypatch):
+    monkeypatch.setattr(module, "located", lambda *_: pytest.fail("looked up"))
     small = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     x = images_of(3)
     for net, purifier, images, expected in (
@@ -152,14 +141,16 @@ def test_what_gains_nothing_is_never_compared(monkeypatch):
         (Net(), None, x[:0], "fp32"),
         (Net().double(), None, x.double(), "fp64"),
     ):
-        assert defense_of(net, purifier).resolved_verdict_precision(images) == expected
+        defense = defense_of(net, purifier)
+        defense.check_deterministic(images)
+        assert defense.resolved_verdict_precision(images) == expected
     monkeypatch.setattr("ebm_defense.precision.names._has_bf16", lambda device: False)
     assert defense_of(Net()).resolved_verdict_precision(x) == "fp32"
 
 
 @pytest.mark.parametrize("asked", ["fp32", "bf16"])
 def test_a_precision_asked_for_is_taken(asked, monkeypatch):
-    monkeypatch.setattr(module, "compare", lambda *_: pytest.fail("compared"))
+    monkeypatch.setattr(module, "located", lambda *_: pytest.fail("looked up"))
     net = Net()
     draw_logits(defense_of(net, verdict_precision=asked), images_of(3), range(3), Stream(0, "t", 2))
     assert net.reduced == [asked == "bf16"]
@@ -196,7 +187,7 @@ def test_what_attacks_see_is_not_reduced_and_what_the_judge_sees_is(monkeypatch)
     from ebm_defense.attacks import PGD, ThreatModel
     from ebm_defense.eval import evaluate
 
-    monkeypatch.setattr(module, "compare", lambda *_: _found(True))
+    monkeypatch.setattr(module, "located", lambda *_: iter([(_found(True), "here")]))
     seen = []
 
     class Watched(Net):
