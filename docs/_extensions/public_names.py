@@ -109,8 +109,7 @@ def _words(field: ast.AnnAssign) -> str:
 def described(room: str, name: str, value: Any) -> list[str]:
     """Return autodoc's directive for one name."""
     if inspect.isclass(value):
-        options = ["   :members:", "   :show-inheritance:"]
-        return [f".. autoclass:: {room}.{name}", *options, ""]
+        return [f".. autoclass:: {room}.{name}", "   :members:", ""]
     if callable(value):
         return [f".. autofunction:: {room}.{name}", ""]
     return [f".. py:data:: {room}.{name}", "", *indented(registry(value)), ""]
