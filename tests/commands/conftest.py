@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from ebm_defense.commands.main import main
 
@@ -22,3 +23,10 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         return status, printed.out, printed.err
 
     return go
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute on the CPU wherever a device is left to choose: bytes are compared across batches."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
