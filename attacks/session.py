@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ebm_defense.attacks.base import DirectCall, Judge, Proposal, attack_replicates, lenient
-from ebm_defense.attacks.gradients.base import Gradient, GradientEstimate
+from ebm_defense.attacks.gradients.base import Gradient
 from ebm_defense.attacks.losses import Loss
 from ebm_defense.attacks.norms import per_image
 from ebm_defense.defense import PurifiedClassifier
@@ -116,7 +116,11 @@ class AttackSession:
         """
         purpose = f"attack step {self.queries}"
         keys = chain_keys(self.seed, purpose, self._standing_ids(), self.replicates)
-        slope, logits = self._estimate(x, keys, loss, gradient)
+        if gradient is not None:
+            slope, logits = gradient(self.defense, x, self.labels, keys, loss)
+        else:
+            with torch.no_grad():
+                slope, logits = torch.zeros_like(x), self.defense.replicate_logits(x, keys)
         refuse_nan(logits, self._standing_ids())
         blind = ~slope.flatten(1).isfinite().all(1)
         self._warn(blind)
@@ -128,14 +132,6 @@ class AttackSession:
         self.found[self.rows[~stands]] = x[~stands]
         self.rows, self.queries = self.rows[stands], self.queries + 1
         return QueryResult(stands, value[stands], slope[stands], logits[:, stands])
-
-    def _estimate(
-        self, x: Tensor, keys: Tensor, loss: Loss, gradient: Gradient | None
-    ) -> GradientEstimate:
-        if gradient is not None:
-            return gradient(self.defense, x, self.labels, keys, loss)
-        with torch.no_grad():
-            return GradientEstimate(torch.zeros_like(x), self.defense.replicate_logits(x, keys))
 
     def keep(self, x: Tensor, seen: QueryResult) -> None:
         """Keep `x`, just seen and still standing, where it is the best so far.

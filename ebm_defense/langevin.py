@@ -7,7 +7,7 @@ faster. Everything here is in the energy's own [-1, 1] units.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -137,6 +137,7 @@ def run_chain(
     trace: Trace | None = None,
     snapshots: Collection[int] = (),
     first: int = 0,
+    gradient: EnergyGradient | None = None,
 ) -> Tensor:
     """Run `settings.steps` Langevin steps from x and return where they end.
 
@@ -153,30 +154,24 @@ def run_chain(
         trace: filled when given.
         snapshots: the steps at which `trace` keeps a copy of x.
         first: the number of the first step, on which its noise depends.
+        gradient: ∇U, where it is prepared already.
     """
     precision = resolve_precision(precision, x.device, x.dtype)
-    gradient = prepare(energy, x, precision, engine)
-    steps, noise = range(first, first + settings.steps), drawn_at(x.device, noise, len(x))
+    gradient = gradient or prepare(energy, x, precision, engine)
+    steps, move = range(first, first + settings.steps), settings.move
+    noise = drawn_at(x.device, noise, len(x))
     start, state = x.detach(), State(x.detach().clone(), first)
-    if trace is None:
-        return advance(state, noise, steps, gradient, settings.move).x
-    for take in moves(settings.move, noise, steps, state.x):
-        trace.snapshot(state, snapshots)
-        state, info = langevin_step(state, take, gradient, with_energy=True)
-        trace.record(info, state.x - start, settings)
-    trace.snapshot(state, snapshots)
-    return state.x
-
-
-def advance(
-    state: State, noise: Noise, steps: range, gradient: EnergyGradient, move: Move
-) -> State:
-    """Take steps, writing over the positions: by a captured graph where there is one."""
-    if run_graphed(state.x, noise, steps, gradient, move):
-        return State(state.x, steps.stop)
+    if trace is None and run_graphed(state.x, noise, steps, gradient, move):
+        return state.x
     for take in moves(move, noise, steps, state.x):
-        state, _ = langevin_step(state, take, gradient)
-    return state
+        if trace is not None:
+            trace.snapshot(state, snapshots)
+        state, info = langevin_step(state, take, gradient, with_energy=trace is not None)
+        if trace is not None:
+            trace.record(info, state.x - start, settings)
+    if trace is not None:
+        trace.snapshot(state, snapshots)
+    return state.x
 
 
 def chain_states(
@@ -195,10 +190,11 @@ def chain_states(
     """
     gradient = prepare(energy, x, resolve_precision(precision, x.device, x.dtype))
     noise, found = drawn_at(x.device, noise, len(x)), []
-    state = State(x.detach().clone(), first)
     for stop in stops:
-        state = advance(state, noise, range(state.step, stop), gradient, settings.move)
-        found.append(state.x.clone())
+        part = replace(settings, steps=stop - first)
+        x = run_chain(x, noise, energy=energy, settings=part, first=first, gradient=gradient)
+        first = stop
+        found.append(x)
     return found
 
 

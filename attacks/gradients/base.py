@@ -164,6 +164,19 @@ class Identity(VjpGradient):
     through_chain = False
     own_curvature = False
 
+    def __call__(
+        self,
+        defense: PurifiedClassifier,
+        images: Tensor,
+        labels: Tensor,
+        keys: Tensor,
+        loss: Loss,
+    ) -> GradientEstimate:
+        with torch.no_grad():
+            purified = defense.purify_replicates(images, keys)
+        at_replicates, logits = at_purified(defense, purified, labels, loss)
+        return GradientEstimate(at_replicates.sum(0), logits)
+
     def purify(self, defense: PurifiedClassifier, images: Tensor, keys: Tensor) -> Purified:
         with torch.no_grad():
             return Purified(defense.purify_replicates(images, keys), lambda cotangent: cotangent)
