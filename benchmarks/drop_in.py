@@ -27,7 +27,7 @@ from ebm_defense.attacks import ThreatModel
 from ebm_defense.attacks.threat import fraction
 from ebm_defense.errors import UsageError
 from ebm_defense.eval import judge_images
-from ebm_defense.eval.judging.statistics import share
+from ebm_defense.eval.judging.statistics import mean_share
 
 STEPS_ACROSS_EPS = 4  # as published: steps of 2/255 at eps 8/255
 
@@ -157,7 +157,7 @@ class DropIn(OnImages):
     replicates: int = 16
     """Purifications a step or query."""
     judge_replicates: int = 150
-    """Fresh replicates of a verification."""
+    """Fresh replicates of a judgement."""
     langevin_steps: int | None = None
     """Instead of the defense's own."""
 
@@ -176,13 +176,13 @@ class DropIn(OnImages):
         natural = judge(judged, images, images, labels, threat(self, "Linf"), self)
         yield row("none", "", None, natural, 0.0)
         for name in names:
-            yield attack(name, images, labels, natural, self)
+            yield attack(name, images, labels, judged, self)
 
 
 def attack(
-    name: str, images: Tensor, labels: Tensor, natural: Tensor, options: DropIn
+    name: str, images: Tensor, labels: Tensor, judged: PurifiedClassifier, options: DropIn
 ) -> dict[str, object]:
-    """Attack with one library's attack and judge its images; natural errors count as broken."""
+    """Attack with one library's attack and judge its images."""
     entry = ATTACKS[name]
     limits = threat(options, entry.norm)
     budget = Budget(
@@ -197,7 +197,7 @@ def attack(
     torch.manual_seed(options.seed)  # the libraries draw their starts from the global generator
     adversarial = entry.run(attacked, images, labels, budget).detach()
     seconds = time.perf_counter() - begun
-    stands = natural & judge(attacked, images, adversarial, labels, limits, options)
+    stands = judge(judged, images, adversarial, labels, limits, options)
     spent = f"{getattr(options, entry.spent)} {entry.spent}"
     return row(name, spent, limits, stands, seconds)
 
@@ -221,12 +221,17 @@ def judge(
     limits: ThreatModel,
     options: DropIn,
 ) -> Tensor:
-    """Return which images stand, bool `[N]`, by the two-stage rule."""
-    draws = {"replicates": options.judge_replicates, "screen": options.replicates}
-    verdict = judge_images(
-        judged, images, adversarial, labels, threat=limits, seed=options.seed, **draws
+    """Return the share of predictions that are right, as deployed, `[N]`."""
+    found = judge_images(
+        judged,
+        images,
+        adversarial,
+        labels,
+        threat=limits,
+        replicates=options.judge_replicates,
+        seed=options.seed,
     )
-    return verdict.stands
+    return found.stands
 
 
 def row(
@@ -238,7 +243,7 @@ def row(
         "norm": "" if limits is None else limits.norm,
         "eps": "" if limits is None else fraction(limits.eps),
         "budget": spent,
-        **accuracy(share(int(stands.sum()), len(stands))),
+        **accuracy(mean_share(stands)),
         "seconds": f"{seconds:.0f}",
     }
 

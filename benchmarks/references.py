@@ -43,7 +43,7 @@ from ebm_defense.attacks import (
 from ebm_defense.attacks.base import lenient
 from ebm_defense.data import Images
 from ebm_defense.defense import as_defense
-from ebm_defense.eval.judging.paired import mcnemar
+from ebm_defense.eval.judging.statistics import paired_p_value
 
 CLASSES = 10
 BATCH = 100
@@ -214,7 +214,7 @@ def row(one: Tensor, two: Tensor, seconds: Sequence[float], images: int) -> dict
         "difference": f"{a - b:+.1f}",
         "ours alone": str(int((two & ~one).sum())),
         "torchattacks alone": str(int((one & ~two).sum())),
-        "p": f"{mcnemar(one, two):.2f}",
+        "p": f"{paired_p_value(one, two):.2f}",
         "ours (s)": f"{seconds[0]:.0f}",
         "torchattacks (s)": f"{seconds[1]:.0f}",
     }

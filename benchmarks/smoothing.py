@@ -91,8 +91,8 @@ def caption(given: Smoothing) -> str:
         f"{given.defense}, {given.images} {given.split} images, PGD on the cross-entropy, Linf "
         f"{eps:g}, {given.steps} steps of {eps / STEPS_ACROSS_EPS:g}, random start, "
         f"{given.replicates} replicates a step, {steps} Langevin steps, judged on "
-        f"{given.judge_replicates} fresh draws (two-stage rule), 95% Wilson intervals, seed "
-        f"{given.seed}."
+        f"{given.judge_replicates} fresh draws of one selected image each, as deployed, 95% Wilson "
+        f"intervals, seed {given.seed}."
     )
 
 

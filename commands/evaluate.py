@@ -26,12 +26,12 @@ from ebm_defense.data import dataset
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.eval import Protocol, Report, evaluate, get_protocol, load_protocol
+from ebm_defense.eval.job import Job, attack_column
 from ebm_defense.eval.load_run import load_run
 from ebm_defense.eval.protocols.overrides import override
 from ebm_defense.eval.reporting.captions import attack_caption
 from ebm_defense.eval.reporting.compare import compare
 from ebm_defense.eval.reporting.pictures import draw_strip, purification_rows
-from ebm_defense.eval.runner import Job, attack_column
 from ebm_defense.eval.speed.forecast import forecast
 from ebm_defense.eval.storage.settings import default_folder
 from ebm_defense.eval.workers import Workers
@@ -77,7 +77,9 @@ class Evaluate:
     replicates: int | None = None
     """Attack replicates."""
     judge_replicates: int | None = None
-    """Fresh replicates of a verification, and of clean accuracy."""
+    """Fresh replicates of a judgement, and of clean accuracy."""
+    selection_replicates: int | None = None
+    """Fresh replicates by which the image that is judged is selected from an attack's strongest."""
     attack: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Instead of the protocol's attacks one that `ebm-defense attacks` lists: bpda, pgd(steps=20),
     "foolbox:L2DeepFoolAttack(steps=10)"; may be given several times."""
@@ -88,7 +90,8 @@ class Evaluate:
     transfer_from: str | None = None
     """Run the transfer of another defense's images, a shipped name or a folder."""
     verdict: str | None = None
-    """How images are judged: two-stage, one-stage or sequential."""
+    """How images are judged: as-deployed, one-stage or sequential, each on one selected image; or
+    two-stage, on an attack's every look."""
     alpha: float | None = None
     """Error level of the sequential verdict."""
     langevin_steps: int | None = None
@@ -193,6 +196,7 @@ class Evaluate:
             "step_size": self.step_size,
             "replicates": self.replicates,
             "judge_replicates": self.judge_replicates,
+            "selection_replicates": self.selection_replicates,
             "verdict": self.verdict,
             "alpha": self.alpha,
         }
@@ -280,8 +284,9 @@ def draw_breaks(
     number = len(report.protocol.attacks) - 1
     attack = report.protocol.attacks[number]
     attacked = report.adversarial[attack_column(number, attack)]
-    # Images that were wrong from the start were never attacked, so they come last.
-    chosen = (1 - torch.tensor(report.records["natural"])).argsort(stable=True)[:PICTURED]
+    # Images that were wrong from the start show no attack at work, so they come last.
+    wrong = torch.tensor(report.natural().to_numpy(copy=True)) <= 0.5
+    chosen = wrong.int().argsort(stable=True)[:PICTURED]
     device = next(defense.parameters(), attacked).device
     originals, adversarial = report.originals[chosen].to(device), attacked[chosen].to(device)
     draw_strip(

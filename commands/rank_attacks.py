@@ -60,7 +60,7 @@ class RankAttacks:
     replicates: int = 8
     """Attack replicates."""
     judge_replicates: int = 64
-    """Fresh replicates of a verification."""
+    """Fresh replicates of a judgement."""
     gradient: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """A gradient beside bpda; those that fit the purifier if none is given."""
     also: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -87,7 +87,7 @@ class RankAttacks:
             threat=self._threat(), judge_replicates=self.judge_replicates, seed=self.seed, out=out,
         ):  # fmt: skip
             found.append(outcome)
-            left = f"{int(outcome.stands.sum())} of {len(outcome.stands)} images stand"
+            left = f"{100 * outcome.stands.mean():.1f}% of {len(outcome.stands)} images stand"
             print(f"{outcome.attack}: {left}, {outcome.seconds:.0f} s", flush=True)
         self._keep(out, found, self._caption(defense, images))
         return 0
@@ -123,8 +123,9 @@ class RankAttacks:
         return (
             f"{self.defense}, {self.data}, {self.split} images, {self._threat()}; steps and attack "
             f"replicates as each row says; judged on {self.judge_replicates} fresh replicates "
-            f"(two-stage rule); purifier: {purifier}; 95% Wilson "
-            f"intervals; seed {self.seed}. Costs are as spent: a broken image costs no more."
+            f"of one selected image each, as deployed; purifier: {purifier}; 95% Wilson "
+            f"intervals; seed {self.seed}. Costs are as spent: an image that is surely broken "
+            "costs no more."
         )
 
     def _keep(self, out: Path, found: list[Outcome], caption: str) -> None:

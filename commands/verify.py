@@ -36,7 +36,7 @@ class Verify:
     seed: int | None = None
     """Seed of the draws; a new one for each verification if not given."""
     replicates: int | None = None
-    """Draws an image; as many as the run's verifications if not given."""
+    """Draws an image; as many as the run's judge drew if not given."""
     max_chains: int | None = None
     """Chains that run at a time, which bounds memory; if not given, 400 on a CPU and as many as
     fit on a GPU."""

@@ -2,8 +2,9 @@
 
 from ebm_defense.eval.benchmark import Benchmark, benchmark
 from ebm_defense.eval.evaluate import evaluate
-from ebm_defense.eval.judging.judge import Judge, Verdict, judge_images
-from ebm_defense.eval.judging.rules import OneStage, TwoStage
+from ebm_defense.eval.judging.judge import Judge, Judgement, Verdict, judge_images
+from ebm_defense.eval.judging.rules import AsDeployed, OneStage, TwoStage
+from ebm_defense.eval.judging.selection import Selection
 from ebm_defense.eval.judging.sequential import Sequential
 from ebm_defense.eval.judging.statistics import over_seeds, paired, share, worst_of
 from ebm_defense.eval.load_run import load_run
@@ -17,13 +18,16 @@ from ebm_defense.eval.workers import Workers
 
 __all__ = [
     "PROTOCOLS",
+    "AsDeployed",
     "Benchmark",
     "Comparison",
     "Flag",
     "Judge",
+    "Judgement",
     "OneStage",
     "Protocol",
     "Report",
+    "Selection",
     "Sequential",
     "TwoStage",
     "Verdict",

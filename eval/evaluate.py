@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,25 +15,34 @@ from ebm_defense.attacks.base import Attack
 from ebm_defense.attacks.gradients.registry import choose_auto
 from ebm_defense.defense import as_defense
 from ebm_defense.errors import UsageError
+from ebm_defense.eval.job import Job
 from ebm_defense.eval.judging.check_model import check_model
+from ebm_defense.eval.judging.judge import refuse_few
 from ebm_defense.eval.judging.sanity_checks import (
     SanityChecks,
     run_sanity_checks,
     save_sanity_checks,
 )
 from ebm_defense.eval.memory import chains_restored
-from ebm_defense.eval.protocols.protocol import Protocol, get_protocol
+from ebm_defense.eval.protocols.protocol import (
+    SELECTED,
+    Protocol,
+    get_protocol,
+    restore_protocol,
+)
 from ebm_defense.eval.reporting.flags import log_flags
 from ebm_defense.eval.reporting.report import Report, report_of
-from ebm_defense.eval.runner import Job, planned_steps, run
+from ebm_defense.eval.runner import planned_steps, run
 from ebm_defense.eval.storage.behaviour import behaviour
-from ebm_defense.eval.storage.run_folder import MemoryStore, RunFolder
+from ebm_defense.eval.storage.run_folder import SETTINGS, MemoryStore, RunFolder, read_toml
 from ebm_defense.eval.storage.settings import settings_of
 from ebm_defense.eval.workers import ALONE, Workers
 from ebm_defense.inputs import read_batch
 from ebm_defense.modes import evaluating
 from ebm_defense.numbers import whole
+from ebm_defense.serialize import describe
 
+LOG = logging.getLogger("ebm_defense.eval")
 DEFAULT_PROTOCOL = "quick"
 DEFAULT_JUDGE_REPLICATES = 150
 
@@ -57,7 +67,7 @@ def evaluate(
         labels: true classes `[N]`; None where `images` is a data set or a data loader.
         protocol: a name in `PROTOCOLS` or a `Protocol`; "quick" unless `attacks` are given.
         attacks: attacks instead of the protocol's.
-        judge_replicates: fresh draws of a verification instead of the protocol's (150 if there is
+        judge_replicates: fresh draws of a judgement instead of the protocol's (150 if there is
             none).
         seed: seed of every stream; the same command draws the same noise.
         out: a run folder; a run cut short goes on from its last finished shard of 32 images.
@@ -68,7 +78,8 @@ def evaluate(
 
     Raises:
         UsageError: images outside [0, 1] or NaN, labels or shapes the model cannot take, a
-            setting out of range, a folder that cannot be written, is in use or holds another run.
+            setting out of range, fewer judge replicates than one prediction averages, a folder
+            that cannot be written, is in use or holds another run.
         LostWorkerError: another process of this run died.
     """
     images, labels = read_batch(images, labels)
@@ -79,6 +90,9 @@ def evaluate(
         classes = check_model(defense, images, labels)
         asked = _protocol(protocol, attacks, judge_replicates).fitting(classes)
         chosen = choose_auto(asked, defense, images)
+        if out is not None:
+            chosen = as_begun(chosen, Path(out).expanduser())
+        refuse_few(defense, chosen.verdict, chosen.judge_replicates)
         number = whole(seed, "the seed")
         job = Job(defense=defense, images=images, labels=labels, protocol=chosen, seed=number)
         job.check(classes)
@@ -96,6 +110,34 @@ def _evaluated(job: Job, out: str | Path | None, workers: Workers) -> Report:
         return _kept(job, settings, out, workers)
     done = run(job, MemoryStore(), workers)
     return report_of(done, settings, job.protocol, job.images, _sanity_checks(job))
+
+
+def as_begun(protocol: Protocol, folder: Path) -> Protocol:
+    """Return a protocol as a run that an older version began in a folder has it.
+
+    Such a run goes on by the rule under which it was begun, so that its images are all judged
+    alike. A protocol that differs in anything else is returned as it is, and refused later.
+    """
+    file = folder / SETTINGS
+    if protocol.looks != SELECTED or not file.is_file():
+        return protocol
+    try:
+        kept = read_toml(file)["protocol"]
+        begun = restore_protocol(kept)
+    except (UsageError, KeyError):
+        return protocol
+    older = dataclasses.replace(
+        protocol, verdict=begun.verdict, looks=begun.looks, selection=begun.selection
+    )
+    if begun.looks == SELECTED or describe(older) != kept:
+        return protocol
+    LOG.warning(
+        "the run in %s was begun by an older version and goes on by its %s rule, at every look; "
+        "name another folder to have one selected image judged.",
+        folder,
+        begun.verdict.name,
+    )
+    return older
 
 
 def _kept(job: Job, settings: dict[str, Any], out: str | Path, workers: Workers) -> Report:

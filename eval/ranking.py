@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from ebm_defense.attacks import ThreatModel, make_attack
-from ebm_defense.defense import as_defense
+from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.evaluate import evaluate
-from ebm_defense.eval.judging.statistics import Share, share
-from ebm_defense.eval.reporting.report import WORST_OF_ALL, stands_column
+from ebm_defense.eval.job import WORST_OF_ALL, attack_column
+from ebm_defense.eval.judging.judge import Stream, judge_once
+from ebm_defense.eval.judging.rules import AsDeployed
+from ebm_defense.eval.judging.selection import Selection, worst_place
+from ebm_defense.eval.judging.statistics import Share, mean_share
+from ebm_defense.eval.reporting.report import stands_column
 
 LOSSES, OPTIMISERS = ("ce", "dlr"), ("pgd", "apgd")
 ROUND = "bpda"
@@ -92,7 +98,7 @@ def called(part: str) -> str:
 
 
 class Outcome(NamedTuple):
-    """What an attack left standing, 1 or 0 an image, and what it cost over all of them."""
+    """An attack's verdicts on its images, in [0, 1], and what it cost over all of them."""
 
     attack: str
     stands: pd.Series[Any]
@@ -111,7 +117,10 @@ def compete(
     seed: int = 0,
     out: Path,
 ) -> Iterator[Outcome]:
-    """Run attacks one by one, or read those that are finished, and yield what each left standing.
+    """Run attacks one by one, or read those that are finished, and yield what each left.
+
+    The last outcome, of more than one attack, is of the worst image that any of them found, of the
+    images that all had: chosen by draws common to all, and judged once.
 
     Args:
         model: a `PurifiedClassifier`, or any classifier of [0, 1] images.
@@ -119,7 +128,7 @@ def compete(
         labels: true classes `[N]`.
         contests: which attacks, and how many images each.
         threat: what may change.
-        judge_replicates: fresh draws of a verification.
+        judge_replicates: fresh draws of a judgement.
         seed: of every stream.
         out: a folder, in which each attack has a run folder of its own.
 
@@ -129,6 +138,7 @@ def compete(
     attacks = [make_attack(c.attack, threat=threat) for c in contests]
     for attack in attacks:
         attack.chain_steps(as_defense(model))
+    found: list[Tensor] = []
     for contest, attack in zip(contests, attacks, strict=True):
         count = min(contest.images, len(images))
         report = evaluate(
@@ -142,7 +152,30 @@ def compete(
         )
         stands = report.outcomes(stands_column(0, attack)).reset_index(drop=True)
         costs = (cost.get(attack.name, 0.0) for cost in (report.chain_steps, report.seconds))
+        found.append(report.adversarial[attack_column(0, attack)].to(images.device))
         yield Outcome(contest.attack, stands, *costs)
+    if len(found) > 1:
+        yield _worst(as_defense(model), found, labels, judge_replicates, seed)
+
+
+def _worst(
+    defense: PurifiedClassifier, found: list[Tensor], labels: Tensor, draws: int, seed: int
+) -> Outcome:
+    """Judge the worst image that any attack found, of the images that all attacks had."""
+    shared, spent = min(map(len, found)), [0]
+    images, ids = torch.stack([x[:shared] for x in found]), range(shared)
+
+    def hear(steps: int) -> None:
+        spent[0] += steps
+
+    begun, truth = time.perf_counter(), labels[:shared]
+    selecting = Stream(seed, "select worst of all", Selection().draws, hear)
+    place = worst_place(defense, images, truth, ids, selecting)
+    judging = Stream(seed, "judge worst of all", draws, hear)
+    chosen = images[place, torch.arange(shared)]
+    judged = judge_once(defense, chosen, truth, ids, judging, AsDeployed())
+    verdicts = pd.Series(judged.stands.tolist())
+    return Outcome(WORST_OF_ALL, verdicts, spent[0], time.perf_counter() - begun)
 
 
 def folder_name(attack: str) -> str:
@@ -151,7 +184,7 @@ def folder_name(attack: str) -> str:
 
 
 def ranking(outcomes: Sequence[Outcome]) -> pd.DataFrame:
-    """Return a row an attack, the strongest first, and one for the worst of all image by image.
+    """Return a row an attack, the strongest first, and last the worst of all, if it was judged.
 
     They are ranked by what they leave of the images that all of them had, then by what they leave
     of their own, then by cost. The first outcome is PGD around the purifier, whose accuracy on the
@@ -159,13 +192,12 @@ def ranking(outcomes: Sequence[Outcome]) -> pd.DataFrame:
     """
     shared = min(len(o.stands) for o in outcomes)
     around = outcomes[0].stands
+    attacks = [o for o in outcomes if o.attack != WORST_OF_ALL]
     ordered = sorted(
-        outcomes, key=lambda o: (o.stands[:shared].sum(), o.stands.mean(), o.chain_steps)
+        attacks, key=lambda o: (o.stands[:shared].sum(), o.stands.mean(), o.chain_steps)
     )
-    worst = pd.concat([o.stands[:shared] for o in outcomes], axis=1).min(axis=1)
-    steps, seconds = sum(o.chain_steps for o in outcomes), sum(o.seconds for o in outcomes)
-    last = Outcome(WORST_OF_ALL, worst, steps, seconds)
-    return pd.DataFrame([_row(o, around, shared) for o in (*ordered, last)])
+    last = [o for o in outcomes if o.attack == WORST_OF_ALL]
+    return pd.DataFrame([_row(o, around, shared) for o in (*ordered, *last)])
 
 
 def _row(outcome: Outcome, around: pd.Series[Any], shared: int) -> dict[str, str]:
@@ -183,7 +215,7 @@ def _row(outcome: Outcome, around: pd.Series[Any], shared: int) -> dict[str, str
 
 
 def _share(stands: pd.Series[Any]) -> Share:
-    return share(int(stands.sum()), len(stands))
+    return mean_share(stands)
 
 
 def _percent(found: Share) -> str:

@@ -14,16 +14,16 @@ import tomli_w
 import torch
 from torch import Tensor
 
-from ebm_defense.attacks.session import refuse_nan
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
+from ebm_defense.eval.job import WORST_OF_ALL, attack_column
 from ebm_defense.eval.judging.check_model import check_model
-from ebm_defense.eval.judging.judge import Stream, draw_logits
-from ebm_defense.eval.judging.paired import mcnemar
-from ebm_defense.eval.judging.statistics import Share, share
+from ebm_defense.eval.judging.judge import Judgement, Stream, judge_once, refuse_few
+from ebm_defense.eval.judging.rules import AsDeployed, OneStage, Rule, predicted_draws
+from ebm_defense.eval.judging.statistics import Share, mean_share, paired_p_value
 from ebm_defense.eval.memory import chains_restored
 from ebm_defense.eval.reporting.report import Report, attack_title
-from ebm_defense.eval.runner import SHARD, attack_column
+from ebm_defense.eval.runner import SHARD
 from ebm_defense.eval.storage.settings import judge_settings
 from ebm_defense.files import write_text
 from ebm_defense.modes import evaluating
@@ -39,8 +39,8 @@ class Verification:
 
     Attributes:
         settings: seed, replicates and the judging defense, as plain values.
-        records: a row an image: for the originals ("none") and each attack, whether the image was
-            right before and is now, and the share of the fresh draws that were.
+        records: a row an image: for the originals ("none") and each attack, the verdict before
+            and now, in [0, 1], and the share of the fresh draws that were right.
         attacks: what was judged: the name in the records, and the title for tables.
     """
 
@@ -53,16 +53,15 @@ class Verification:
         return pd.DataFrame([self._row(name, title) for name, title in self.attacks.items()])
 
     def _row(self, name: str, title: str) -> dict[str, Any]:
-        before = self.records[f"{name}: before"].astype(bool)
-        after = self.records[f"{name}: after"].astype(bool)
-        found = [share(int(x.sum()), len(x)) for x in (before, after)]
+        before, after = (self.records[f"{name}: {when}"] for when in ("before", "after"))
+        found = [mean_share(x) for x in (before, after)]
         return {
             "attack": title,
             **_numbers("before", found[0]),
             **_numbers("after", found[1]),
-            "newly broken": int((before & ~after).sum()),
-            "newly right": int((~before & after).sum()),
-            "p": mcnemar(before, after),
+            "newly broken": float((before - after).clip(0).sum()),
+            "newly right": float((after - before).clip(0).sum()),
+            "p": paired_p_value(before, after),
             "images": len(before),
         }
 
@@ -78,10 +77,10 @@ class Verification:
         table["p"] = [f"{p:.3g}" for p in table["p"]]
         s = self.settings
         return (
-            f"{table.to_string(index=False)}\n\nBefore: the run's verdict on each image, during "
-            f"the attack. After: one stage of {s['replicates']} fresh draws on the saved image, "
+            f"{table.to_string(index=False)}\n\nBefore: the run's verdict on each image. After: "
+            f"{s['replicates']} fresh draws on the saved image ({s['rule']} rule), "
             f"seed {s['seed']}, by {s['judge']}. Accuracies in % with 95% Wilson intervals; p is "
-            "McNemar's, exact, on the same images.\n"
+            "of the paired test on the same images, McNemar's or by sign flips.\n"
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -112,67 +111,100 @@ def reverify(
     replicates: int | None = None,
     number: int = 1,
 ) -> Verification:
-    """Judge a run's originals and adversarial images again, by one stage of fresh draws.
+    """Judge a run's originals and adversarial images again, each once, on fresh draws.
 
-    One stage looks at every image once, so that nothing is chosen by its own luck: images that
-    stood may fall, and broken ones may rise.
+    A run's as-deployed verdicts by the same rule, all others by one stage. Nothing is chosen by
+    its own luck: images that stood may fall, and broken ones may rise.
 
     Args:
         report: a run, from `evaluate` or `load_run`.
         model: the run's own defense, or another one (then it is a transfer of saved images).
         seed: of the draws; derived from the run's and `number` if not given, so never the run's.
-        replicates: draws an image; the run's own number if not given.
+        replicates: draws an image; if not given the run's own number, or as many as one
+            prediction averages, if that is more.
         number: which verification this is.
 
     Raises:
-        UsageError: images that the model cannot take, or replicates below 1.
+        UsageError: images that the model cannot take, or replicates below 1 or below what one
+            prediction averages.
     """
-    draws = whole(report.protocol.judge_replicates if replicates is None else replicates, "draws")
-    if draws < 1:
-        raise UsageError(f"replicates must be at least 1, not {draws}.")
+    if replicates is not None and whole(replicates, "replicates") < 1:
+        raise UsageError(f"replicates must be at least 1, not {replicates}.")
     own = derive_seed(report.settings["seed"], f"verification {number}")
     seed = own if seed is None else whole(seed, "the seed")
-    defense = as_defense(model)
+    defense, rule = as_defense(model), _rule(report)
     with evaluating(defense):
-        records, judge = _verified(report, defense, draws, seed)
+        labels = _labels(report, defense)
+        # Another defense may average more replicates than the run's judge drew.
+        enough = max(report.protocol.judge_replicates, predicted_draws(defense))
+        draws = enough if replicates is None else whole(replicates, "replicates")
+        refuse_few(defense, rule, draws)
+        records, judge = _verified(report, defense, labels, draws, seed, rule)
     same = judge["weights"] == report.settings["defense"]["weights"]
     settings = {
         "seed": seed,
         "replicates": draws,
+        "rule": rule.name,
         "judge": "the same weights" if same else "another defense",
         **judge,
     }
     return Verification(settings=settings, records=records, attacks=_titles(report))
 
 
+def _rule(report: Report) -> Rule:
+    """Return the rule of a second judgement: the run's where it counts predictions."""
+    own = report.protocol.verdict
+    return own if isinstance(own, AsDeployed) else OneStage()
+
+
+def _labels(report: Report, defense: PurifiedClassifier) -> Tensor:
+    """Return a run's true classes where the defense is, which its images are shown to fit."""
+    device = next(defense.parameters(), torch.empty(0)).device
+    labels = torch.tensor(report.records["label"].to_numpy(copy=True), device=device)
+    check_model(defense, report.originals.to(device), labels)
+    return labels
+
+
 def _verified(
-    report: Report, defense: PurifiedClassifier, draws: int, seed: int
+    report: Report,
+    defense: PurifiedClassifier,
+    labels: Tensor,
+    draws: int,
+    seed: int,
+    rule: Rule,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return the records of a second judgement, and the settings of who judged."""
-    device = next(defense.parameters(), torch.empty(0)).device
-    originals = report.originals.to(device)
-    labels = torch.tensor(report.records["label"].to_numpy(copy=True), device=device)
-    check_model(defense, originals, labels)
     records = report.records[["image", "label"]].copy()
     for name, images, before in judged(report):
         stream = Stream(seed, f"verification {name}", draws)
-        right, votes = _judge(defense, images.to(device), labels, records["image"], stream)
-        records[f"{name}: before"] = before.astype(int).to_numpy()
-        records[f"{name}: after"] = right.int().tolist()
-        records[f"{name}: votes"] = votes.tolist()
-    return records, judge_settings(defense, originals)
+        found = _judge(defense, images.to(labels.device), labels, records["image"], stream, rule)
+        records[f"{name}: before"] = before.to_numpy()
+        records[f"{name}: after"] = torch.cat([one.stands for one in found]).tolist()
+        records[f"{name}: votes"] = torch.cat([one.votes for one in found]).tolist()
+    return records, judge_settings(defense, report.originals.to(labels.device))
 
 
 def judged(report: Report) -> list[tuple[str, Tensor, pd.Series[Any]]]:
     """Return what a run holds to be judged: a name, images, and the verdicts on them."""
     columns = [attack_column(i, attack) for i, attack in enumerate(report.protocol.attacks)]
     found = [(c, report.adversarial[c], report.records[f"{c}: stands"]) for c in columns]
-    return [("none", report.originals, report.records["clean"]), *found]
+    if f"{WORST_OF_ALL}: attack" in report.records:
+        found.append((WORST_OF_ALL, _worst(report, columns), report.outcomes(WORST_OF_ALL)))
+    return [("none", report.originals, report.outcomes("clean")), *found]
+
+
+def _worst(report: Report, columns: list[str]) -> Tensor:
+    """Return of each image the one that was judged as the worst of all attacks'."""
+    place = torch.tensor(report.records[f"{WORST_OF_ALL}: attack"].to_numpy(copy=True))
+    images = torch.stack([report.adversarial[column] for column in columns])
+    return images[place, torch.arange(len(place))]
 
 
 def _titles(report: Report) -> dict[str, str]:
     attacks = enumerate(report.protocol.attacks)
-    return {"none": "none"} | {attack_column(i, a): attack_title(a) for i, a in attacks}
+    titles = {attack_column(i, a): attack_title(a) for i, a in attacks}
+    worst = {WORST_OF_ALL: WORST_OF_ALL} if f"{WORST_OF_ALL}: attack" in report.records else {}
+    return {"none": "none"} | titles | worst
 
 
 def _judge(
@@ -181,15 +213,13 @@ def _judge(
     labels: Tensor,
     ids: pd.Series[int],
     stream: Stream,
-) -> tuple[Tensor, Tensor]:
-    """Return which images are right by their mean, and the shares of draws that were."""
-    right, votes = [], []
+    rule: Rule,
+) -> list[Judgement]:
+    """Judge so many images at a time as a shard has."""
+    found = []
     with chains_restored(defense):
         for rows in torch.arange(len(labels)).split(SHARD):
             chosen = ids.iloc[rows.tolist()].tolist()
-            draw = partial(draw_logits, defense, images[rows], chosen, stream)
-            logits = defense.packing.fitting(draw)
-            refuse_nan(logits, chosen)
-            right.append((defense.combine(logits).argmax(-1) == labels[rows]).cpu())
-            votes.append((logits.argmax(-1) == labels[rows]).float().mean(0).cpu())
-    return torch.cat(right), torch.cat(votes)
+            judge = partial(judge_once, defense, images[rows], labels[rows], chosen, stream, rule)
+            found.append(defense.packing.fitting(judge))
+    return found

@@ -1,7 +1,7 @@
 """What "robust accuracy" of a stochastic defense may mean: every definition in use, side by side.
 
-All are computed from one set of fresh draws of each image, which neither the attack nor the judge
-has seen, and each has its clean baseline beside it.
+All are computed from one set of fresh draws of each image, which no attack has seen and which
+decided nothing of what is drawn, and each has its clean baseline beside it.
 """
 
 from __future__ import annotations
@@ -12,19 +12,36 @@ import pandas as pd
 from torch import Tensor
 
 from ebm_defense.defense import mean_logits
-from ebm_defense.eval.judging.rules import has_majority, right_votes, vote_counts
+from ebm_defense.eval.judging.rules import (
+    Combine,
+    as_deployed,
+    has_majority,
+    right_votes,
+    vote_counts,
+)
 from ebm_defense.eval.judging.statistics import Share, mean_share, worst_of
 
 WORST = 10
 Columns = dict[str, Sequence[object]]
 
 
-def definition_columns(name: str, logits: Tensor, labels: Tensor) -> Columns:
-    """Return what records keep of one set of fresh draws `[r, b, classes]`, under `name`."""
+def definition_columns(
+    name: str, logits: Tensor, labels: Tensor, combine: Combine, predicted: int
+) -> Columns:
+    """Return what records keep of one set of fresh draws, under `name`.
+
+    Args:
+        name: of what was drawn.
+        logits: `[r, b, classes]`.
+        labels: true classes `[b]`.
+        combine: the defense's own average.
+        predicted: R, the draws that one prediction of the defense averages.
+    """
     counts = vote_counts(logits)
     failures = len(logits) - right_votes(counts, labels)
     by_mean = mean_logits(logits).argmax(-1) == labels
     return {
+        f"{name}: as deployed": as_deployed(logits, labels, combine, predicted).tolist(),
         f"{name}: draws": [len(logits)] * len(labels),
         f"{name}: failures": failures.tolist(),
         f"{name}: mean logits": by_mean.int().tolist(),
@@ -32,56 +49,83 @@ def definition_columns(name: str, logits: Tensor, labels: Tensor) -> Columns:
     }
 
 
-def _one_pass(records: pd.DataFrame, name: str) -> Share:
+def _as_deployed(records: pd.DataFrame, name: str, interval: str) -> Share | None:
+    """The average of as many draws as the defense predicts by, in the mean over predictions."""
+    found = records.get(f"{name}: as deployed")
+    # Old records have none, and fewer draws than a prediction takes give none.
+    return None if found is None or found.isna().any() else mean_share(found, interval=interval)
+
+
+def _one_pass(records: pd.DataFrame, name: str, interval: str) -> Share:
     """One draw an image, in the mean over draws (AutoAttack, RobustBench, ART)."""
-    return mean_share(1.0 - records[f"{name}: failures"] / records[f"{name}: draws"])
+    right = 1.0 - records[f"{name}: failures"] / records[f"{name}: draws"]
+    return mean_share(right, interval=interval)
 
 
-def _mean_logits(records: pd.DataFrame, name: str) -> Share:
+def _mean_logits(records: pd.DataFrame, name: str, interval: str) -> Share:
     """The mean logits of all draws (Hill, Mitchell, Zhu 2021)."""
-    return mean_share(records[f"{name}: mean logits"])
+    return mean_share(records[f"{name}: mean logits"], interval=interval)
 
 
-def _majority(records: pd.DataFrame, name: str) -> Share:
+def _majority(records: pd.DataFrame, name: str, interval: str) -> Share:
     """The class that most draws vote for; a tie is a failure."""
-    return mean_share(records[f"{name}: majority"])
+    return mean_share(records[f"{name}: majority"], interval=interval)
 
 
-def _worst(records: pd.DataFrame, name: str) -> Share:
+def _worst(records: pd.DataFrame, name: str, interval: str) -> Share:
     """No failure among `WORST` draws, or among all if there are fewer; unbiased."""
     pairs = zip(records[f"{name}: failures"], records[f"{name}: draws"], strict=True)
-    return mean_share([worst_of(int(k), int(n), min(WORST, int(n))) for k, n in pairs])
+    each = [worst_of(int(k), int(n), min(WORST, int(n))) for k, n in pairs]
+    return mean_share(each, interval=interval)
 
 
-DEFINITIONS: dict[str, Callable[[pd.DataFrame, str], Share]] = {
+DEFINITIONS: dict[str, Callable[[pd.DataFrame, str, str], Share | None]] = {
+    "as deployed ({predicted})": _as_deployed,
     "one pass (mean)": _one_pass,
     "mean logits of {draws}": _mean_logits,
     "majority of {draws}": _majority,
     "worst of {worst}": _worst,
 }
+"""Each maps records, the name of draws in them and of an interval to accuracy; None where the
+records do not tell."""
 
 
-def definition_table(records: pd.DataFrame, names: dict[str, str]) -> pd.DataFrame:
+def label(definition: str, draws: int, predicted: int) -> str:
+    """Return a definition's name in tables.
+
+    Args:
+        definition: a name in `DEFINITIONS`.
+        draws: H, of each image.
+        predicted: R, the draws that one prediction of the defense averages.
+    """
+    return definition.format(draws=draws, worst=min(WORST, draws), predicted=predicted)
+
+
+def definition_table(
+    records: pd.DataFrame, names: dict[str, str], predicted: int, interval: str
+) -> pd.DataFrame:
     """Return accuracies by definition and by what the images are.
 
     Args:
         records: a run's, one row an image.
         names: under which names the records keep draws, and how each is called in the table.
+        predicted: R, the draws that one prediction of the defense averages.
+        interval: a name in `INTERVALS`, or "bootstrap".
     """
-    return pd.DataFrame(
-        [
-            _row(definition, called, records, name)
-            for definition in DEFINITIONS
-            for name, called in names.items()
-            if f"{name}: draws" in records
-        ]
-    )
+    rows = []
+    for definition, by in DEFINITIONS.items():
+        for name, called in names.items():
+            if f"{name}: draws" not in records:
+                continue
+            if (found := by(records, name, interval)) is not None:
+                draws = int(records[f"{name}: draws"].max())
+                rows.append(_row(label(definition, draws, predicted), called, found))
+    return pd.DataFrame(rows)
 
 
-def _row(definition: str, called: str, records: pd.DataFrame, name: str) -> dict[str, object]:
-    found, draws = DEFINITIONS[definition](records, name), int(records[f"{name}: draws"].max())
+def _row(definition: str, called: str, found: Share) -> dict[str, object]:
     return {
-        "definition": definition.format(draws=draws, worst=min(WORST, draws)),
+        "definition": definition,
         "images of": called,
         "accuracy": found.value,
         "low": found.low,

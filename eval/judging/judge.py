@@ -15,7 +15,7 @@ from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.judging.check_model import check_model
-from ebm_defense.eval.judging.rules import Rule, Ruling, TwoStage
+from ebm_defense.eval.judging.rules import AsDeployed, Rule, Ruling, TwoStage, predicted_draws
 from ebm_defense.images import check_images
 from ebm_defense.inputs import read_batch, read_images
 from ebm_defense.modes import evaluating
@@ -69,8 +69,68 @@ class Verdict:
     blind: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What one judgement of finished images found, all `[b]` but the tensors that say otherwise.
+
+    Attributes:
+        stands: the share of predictions that are right where the rule is `AsDeployed`; of another
+            rule 1 where the image stands and 0 where it is broken.
+        undecided: whether the rule could not be sure.
+        votes: share of the draws that were right.
+        draws: how many there were.
+        images: `[b, C, H, W]`: what was judged.
+        logits: `[r, b, classes]`: the draws that every image got, whatever the rule.
+    """
+
+    stands: Tensor
+    undecided: Tensor
+    votes: Tensor
+    draws: Tensor
+    images: Tensor
+    logits: Tensor
+
+
+def judge_once(
+    defense: PurifiedClassifier,
+    images: Tensor,
+    labels: Tensor,
+    ids: Sequence[int],
+    stream: Stream,
+    rule: Rule,
+) -> Judgement:
+    """Judge images `[b, C, H, W]`, each once, on at most as many draws as the stream has."""
+    shared: list[Tensor] = []
+
+    def draw(some: Tensor, numbers: range) -> Tensor:
+        chosen = [ids[i] for i in some.tolist()]
+        part = stream._replace(replicates=len(numbers), first=stream.first + numbers.start)
+        logits = draw_logits(defense, images[some], chosen, part)
+        refuse_nan(logits, chosen)
+        shared.append(logits)
+        # A deterministic defense gives one draw, which stands for all.
+        return logits.expand(len(numbers), -1, -1)
+
+    found = rule.judge(
+        draw,
+        labels,
+        defense.combine,
+        most=stream.replicates,
+        looks=torch.ones_like(labels),
+        predicted=predicted_draws(defense),
+    )
+    return Judgement(
+        stands=found.stands.double().cpu(),
+        undecided=~found.decided.cpu(),
+        votes=(found.right / found.draws).cpu(),
+        draws=found.draws.cpu(),
+        images=images,
+        logits=shared[0],
+    )
+
+
 class Judge:
-    """Judges what an attack proposes, on streams the attack never saw.
+    """Judges every look of an attack, on streams the attack never saw, as published.
 
     A proposal that the rule suspects, while its image still stands, is drawn afresh, at most
     `replicates` times; if the rule then finds it wrong, the image is broken for good.
@@ -233,11 +293,10 @@ def judge_images(
     *,
     threat: ThreatModel,
     replicates: int = 150,
-    screen: int = 15,
     seed: int = 0,
     rule: Rule | None = None,
-) -> Verdict:
-    """Judge finished adversarial images of any origin.
+) -> Judgement:
+    """Judge finished adversarial images of any origin, each once.
 
     Args:
         model: any classifier of [0, 1] images.
@@ -245,37 +304,55 @@ def judge_images(
         adversarial: likewise; projected onto the threat model first.
         labels: true classes `[N]`; None where `originals` is a data set or a data loader.
         threat: what the attacker was allowed.
-        replicates: fresh draws a verification, at most.
-        screen: draws of the first look.
-        seed: seed of both streams.
-        rule: how draws become a verdict; the two-stage rule if not given.
+        replicates: H, fresh draws an image, at most.
+        seed: seed of the draws.
+        rule: how draws become a verdict; `AsDeployed` if not given.
 
     Raises:
-        UsageError: images outside [0, 1] or NaN, shapes that differ, or replicates below 1.
+        UsageError: images outside [0, 1] or NaN, shapes that differ, replicates below 1 or below
+            what one prediction of the model averages, or a rule that judges looks.
     """
     originals, labels = read_batch(originals, labels)
     adversarial = read_images(adversarial, name="adversarial images").to(originals)
-    replicates, screen = whole(replicates, "replicates"), whole(screen, "screen")
-    if adversarial.shape != originals.shape or min(replicates, screen) < 1:
+    replicates = whole(replicates, "replicates")
+    if adversarial.shape != originals.shape or replicates < 1:
         raise UsageError("adversarial images must match the originals, and replicates be ≥ 1.")
+    rule = rule or AsDeployed()
+    refuse_looks(rule)
     defense = as_defense(model)
-    ids, seed = range(len(labels)), whole(seed, "the seed")
+    stream = Stream(whole(seed, "the seed"), "judge", replicates)
     with evaluating(defense):
         if len(labels):
             check_model(defense, originals, labels)
             threat.check(originals)
-        judge = Judge(
-            defense,
-            originals,
-            labels,
-            ids=ids,
-            threat=threat,
-            replicates=replicates,
-            seed=seed,
-            purpose="judge",
-            rule=rule,
+        refuse_few(defense, rule, replicates)
+        images = threat.project(adversarial, originals)
+        return judge_once(defense, images, labels, range(len(labels)), stream, rule)
+
+
+def refuse_looks(rule: Rule) -> None:
+    """Refuse a rule that is about an attack's looks where finished images are judged.
+
+    Raises:
+        UsageError: it is the two-stage rule.
+    """
+    if isinstance(rule, TwoStage):
+        raise UsageError(
+            "the two-stage rule judges the looks of an attack, as published; an image that is "
+            "judged once takes the as-deployed, the one-stage or the sequential rule."
         )
-        projected = threat.project(adversarial, originals)
-        logits = draw_logits(defense, projected, ids, Stream(seed, "screen", screen))
-        judge(Proposal(0, torch.arange(len(labels)), projected, logits))
-        return judge.verdict
+
+
+def refuse_few(defense: PurifiedClassifier, rule: Rule, replicates: int) -> None:
+    """Refuse fewer draws than one prediction of the defense takes, where predictions are judged.
+
+    Raises:
+        UsageError: H < R.
+    """
+    needed = predicted_draws(defense)
+    if isinstance(rule, AsDeployed) and replicates < needed:
+        raise UsageError(
+            f"as deployed, one prediction of this defense averages {needed} replicates, which "
+            f"{replicates} judge replicates do not hold; give at least {needed}, or make the "
+            "defense with fewer replicates."
+        )

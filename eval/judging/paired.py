@@ -1,4 +1,4 @@
-"""Is one share of images above another? On the same images by pairs, else by counts."""
+"""Is one share of images above another? On different images, which no pairs join."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import fisher_exact
 
-from ebm_defense.eval.judging import statistics
+from ebm_defense.eval.judging.statistics import RESAMPLES, are_verdicts
 
-
-def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
-    """Return the exact two-sided p-value of McNemar (1947) for outcomes on the same images.
-
-    Args:
-        first: 0 or 1 an image.
-        second: likewise, in the same order.
-    """
-    one, two = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
-    return statistics.mcnemar(int((one & ~two).sum()), int((two & ~one).sum()))
+AT_ONCE = 200
 
 
 def unpaired(first: ArrayLike, second: ArrayLike) -> float:
-    """Return Fisher's exact two-sided p-value for outcomes on different images."""
-    table = [[int(np.sum(x)), len(x) - int(np.sum(x))] for x in map(np.asarray, (first, second))]
-    return float(fisher_exact(np.array(table)).pvalue)
+    """Return the two-sided p-value for verdicts in [0, 1] on different images.
+
+    Fisher's exact test where all are 0 or 1, else by drawn permutations of the images.
+    """
+    one, two = (np.asarray(v, dtype=float) for v in (first, second))
+    if are_verdicts(one, two):
+        table = [[int(x.sum()), len(x) - int(x.sum())] for x in (one, two)]
+        return float(fisher_exact(np.array(table)).pvalue)
+    pooled, least = np.concatenate([one, two]), abs(one.mean() - two.mean()) * (1.0 - 1e-9)
+    generator, beyond = np.random.Generator(np.random.PCG64(0)), 0
+    for _ in range(0, RESAMPLES, AT_ONCE):
+        drawn = generator.permuted(np.tile(pooled, (AT_ONCE, 1)), axis=1)
+        apart = drawn[:, : len(one)].mean(1) - drawn[:, len(one) :].mean(1)
+        beyond += int((abs(apart) >= least).sum())
+    return (1 + beyond) / (1 + RESAMPLES)

@@ -83,10 +83,16 @@ def decide(counts: ArrayLike, labels: ArrayLike, alpha: ArrayLike) -> NDArray[np
     return found
 
 
-def schedule(alpha: float, most: int) -> Iterator[range]:
-    """Yield batches of replicate numbers: up to where a unanimous vote decides, then growing."""
+def schedule(alpha: float, most: int, least: int = 1) -> Iterator[range]:
+    """Yield batches of replicate numbers: up to where a unanimous vote decides, then growing.
+
+    Args:
+        alpha: the error level.
+        most: draws, at most.
+        least: how many the first batch holds at least.
+    """
     unanimous = next(n for n in range(1, 10_000) if log_evidence(n, 0) >= -math.log(alpha))
-    done, upto = 0, unanimous
+    done, upto = 0, max(unanimous, least)
     while done < most:
         upto = min(max(upto, done + 1), most)
         yield range(done, upto)
@@ -97,8 +103,9 @@ def schedule(alpha: float, most: int) -> Iterator[range]:
 class Sequential:
     """The anytime-valid test of this module, on the votes of fresh draws.
 
-    Like the two-stage rule it judges the images that the attack's own replicates get wrong, here
-    by their votes, a tie included. All images still open draw their next batch together.
+    All images still open draw their next batch together; the first batch holds a whole prediction
+    of the defense at least. Where every look of an attack comes before the judge, it judges those
+    that the attack's own replicates get wrong, here by their votes, a tie included.
 
     Attributes:
         alpha: the chance, at most, that a decided image is decided wrongly in one attack, between
@@ -116,14 +123,21 @@ class Sequential:
         return ~has_majority(vote_counts(logits), labels)
 
     def judge(
-        self, draw: Draw, labels: Tensor, combine: Combine, *, most: int, looks: Tensor
+        self,
+        draw: Draw,
+        labels: Tensor,
+        combine: Combine,
+        *,
+        most: int,
+        looks: Tensor,
+        predicted: int = 1,
     ) -> Ruling:
         truth, count = labels.cpu(), len(labels)
         levels = (self.alpha / (looks * (looks + 1.0))).double().cpu()
         found = torch.full((count,), OPEN)
         draws = torch.zeros(count, dtype=torch.int64)
         counts = torch.zeros((count, 0), dtype=torch.int64)
-        for numbers in schedule(self.alpha / 2.0, most):
+        for numbers in schedule(self.alpha / 2.0, most, predicted):
             still = (found == OPEN).nonzero().flatten()
             if not len(still):
                 break

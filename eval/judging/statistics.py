@@ -14,6 +14,10 @@ from ebm_defense.errors import UsageError
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+BOOTSTRAP = "bootstrap"
+FLIPS_AT_ONCE = 1000
+EXACT_FLIPS = 12
+"""Differing images up to which all their signs are gone through."""
 
 
 class Share(NamedTuple):
@@ -66,40 +70,68 @@ def share(
         count: images that are right.
         total: images.
         confidence: between 0 and 1.
-        interval: a name in `INTERVALS`: "wilson" or "clopper-pearson".
+        interval: a name in `INTERVALS`, "wilson" or "clopper-pearson", or "bootstrap".
 
     Raises:
         UsageError: an unknown interval.
     """
-    if interval not in INTERVALS:
-        raise UsageError(f"unknown interval {interval!r}; choose one of {', '.join(INTERVALS)}.")
-    if total == 0:
-        return Share(0, 0, 0.0, 1.0)
-    return Share(count, total, *INTERVALS[interval](count / total, total, confidence))
+    found = mean_share([1.0] * count + [0.0] * (total - count), confidence, interval)
+    return found._replace(right=count)
 
 
-def mean_share(values: ArrayLike, confidence: float = CONFIDENCE) -> Share:
+def mean_share(
+    values: ArrayLike, confidence: float = CONFIDENCE, interval: str = "wilson"
+) -> Share:
     """Return the mean of values in [0, 1], one an image, with an interval over images.
 
-    The value of an image is the mean over its draws or seeds. Wilson's interval for Kish's
-    effective number of images, n·m(1 − m)/v with m the mean and v the variance of the values, at
-    least n: so values of 0 and 1 alone get `share`'s interval, and none ever has no width at an
-    end of the scale.
+    The value of an image is a share: of its predictions, draws or seeds. Values of 0 and 1 alone
+    get `share`'s interval. For others Wilson's and Clopper and Pearson's at the mean are
+    conservative: the variance of values in [0, 1] is at most m(1 − m), a coin's of the same mean.
+
+    Args:
+        values: one an image.
+        confidence: between 0 and 1.
+        interval: a name in `INTERVALS`, or "bootstrap", over images, as `bootstrap_mean` gives it.
 
     Raises:
-        UsageError: a value outside [0, 1].
+        UsageError: a value outside [0, 1], or an unknown interval.
     """
     found = np.asarray(values, dtype=float)
     if found.size and not (found.min() >= 0.0 and found.max() <= 1.0):
         raise UsageError("the values of images must lie in [0, 1].")
+    refuse_unknown(interval)
     if not found.size:
         return Share(0.0, 0, 0.0, 1.0)
-    mean, variance = float(found.mean()), float(found.var())
-    most = mean * (1.0 - mean)
-    # Rounding may leave a variance of 1e-17 where there is none.
-    spread = max(variance / most, 1e-9) if most > 1e-12 else 1.0
-    ends = wilson(mean, found.size / spread, confidence)
+    if interval == BOOTSTRAP:
+        ends = bootstrap_mean(found, confidence=confidence)
+    else:
+        ends = INTERVALS[interval](float(found.mean()), found.size, confidence)
     return Share(float(found.sum()), int(found.size), *ends)
+
+
+def refuse_unknown(interval: str) -> None:
+    """Refuse an interval that there is not.
+
+    Raises:
+        UsageError: it is neither in `INTERVALS` nor the bootstrap.
+    """
+    known = [*INTERVALS, BOOTSTRAP]
+    if interval not in known:
+        raise UsageError(f"unknown interval {interval!r}; choose one of {', '.join(known)}.")
+
+
+def bootstrap_mean(
+    values: ArrayLike, *, confidence: float = CONFIDENCE, seed: int = 0
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of a mean over images, half an image added at 0 and
+    half at 1, so that images all alike do not give an interval without a width.
+
+    Args:
+        values: one an image, in [0, 1].
+        confidence: between 0 and 1.
+        seed: seed of the resampling's own generator.
+    """
+    return _bootstrap(values, {0.0: 0.5, 1.0: 0.5}, confidence, seed)
 
 
 def over_seeds(verdicts: Sequence[ArrayLike], confidence: float = CONFIDENCE) -> Share:
@@ -127,8 +159,9 @@ class Paired(NamedTuple):
     Attributes:
         difference: mean of the first less the second.
         low, high: ends of its bootstrap interval.
-        only_first, only_second: images where one is right alone.
-        p_value: of the exact McNemar test.
+        only_first, only_second: images where one is right more often than the other; of verdicts
+            of 0 and 1, where it is right alone.
+        p_value: of the exact McNemar test where all verdicts are 0 or 1, else of `sign_flip`.
     """
 
     difference: float
@@ -142,16 +175,16 @@ class Paired(NamedTuple):
 def paired(
     first: ArrayLike, second: ArrayLike, *, confidence: float = CONFIDENCE, seed: int = 0
 ) -> Paired:
-    """Compare two defenses' verdicts (0 or 1) on the same images, in the same order.
+    """Compare two defenses' verdicts, in [0, 1], on the same images, in the same order.
 
     Raises:
-        UsageError: different numbers of images, none, or verdicts other than 0 and 1.
+        UsageError: different numbers of images, none, or verdicts outside [0, 1].
     """
     a, b = (np.asarray(v, dtype=float) for v in (first, second))
     if a.shape != b.shape or a.ndim != 1 or not a.size:
         raise UsageError("a paired comparison needs the verdicts of both on the same images.")
-    if not set(np.unique([a, b])) <= {0.0, 1.0}:
-        raise UsageError("a paired comparison needs verdicts of 0 or 1.")
+    if not (min(a.min(), b.min()) >= 0.0 and max(a.max(), b.max()) <= 1.0):
+        raise UsageError("a paired comparison needs verdicts in [0, 1].")
     only_first, only_second = int((a > b).sum()), int((b > a).sum())
     low, high = bootstrap_difference(a - b, confidence=confidence, seed=seed)
     return Paired(
@@ -160,8 +193,50 @@ def paired(
         high,
         only_first,
         only_second,
-        mcnemar(only_first, only_second),
+        paired_p_value(a, b),
     )
+
+
+def paired_p_value(first: ArrayLike, second: ArrayLike) -> float:
+    """Return the two-sided p-value of two verdicts' difference on the same images, in order.
+
+    McNemar's exact test where all verdicts are 0 or 1, which is the sign-flip test there, and
+    `sign_flip` else.
+    """
+    a, b = (np.asarray(v, dtype=float) for v in (first, second))
+    if are_verdicts(a, b):
+        return mcnemar(int((a > b).sum()), int((b > a).sum()))
+    return sign_flip(a - b)
+
+
+def are_verdicts(*values: ArrayLike) -> bool:
+    """Return whether all values are 0 or 1."""
+    return all(bool(np.isin(np.asarray(v, dtype=float), (0.0, 1.0)).all()) for v in values)
+
+
+def sign_flip(differences: ArrayLike, *, seed: int = 0) -> float:
+    """Return the two-sided p-value of a mean paired difference by permutation (Fisher 1935).
+
+    If neither of two defenses is better, an image's difference has either sign alike. All signs
+    are gone through for few differing images, else `RESAMPLES` drawn ones, of which the observed
+    one counts as one more, so that the test keeps its level exactly (Phipson and Smyth 2010).
+
+    Args:
+        differences: one an image.
+        seed: seed of the signs' own generator.
+    """
+    found = np.asarray(differences, dtype=float)
+    found = found[found != 0.0]
+    least = abs(found.sum()) * (1.0 - 1e-9)  # sums of other signs may be off by rounding
+    if found.size <= EXACT_FLIPS:
+        bits = np.arange(2**found.size)[:, None] >> np.arange(found.size) & 1
+        return float((abs((1.0 - 2.0 * bits) @ found) >= least).mean())
+    generator = np.random.Generator(np.random.PCG64(seed))
+    beyond = 0
+    for _ in range(0, RESAMPLES, FLIPS_AT_ONCE):
+        signs = generator.integers(0, 2, (FLIPS_AT_ONCE, found.size), dtype=np.int8)
+        beyond += int((abs((1.0 - 2.0 * signs) @ found) >= least).sum())
+    return (1 + beyond) / (1 + RESAMPLES)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -184,15 +259,22 @@ def bootstrap_difference(
         confidence: between 0 and 1.
         seed: seed of the resampling's own generator.
     """
-    values, counts = np.unique(np.asarray(differences, dtype=float), return_counts=True)
-    values = np.concatenate([values, [-1.0, 0.0, 1.0]])
-    weights = np.concatenate([counts, [0.5, 1.0, 0.5]])
+    return _bootstrap(differences, {-1.0: 0.5, 0.0: 1.0, 1.0: 0.5}, confidence, seed)
+
+
+def _bootstrap(
+    values: ArrayLike, added: dict[float, float], confidence: float, seed: int
+) -> tuple[float, float]:
+    """Return the percentile interval of a mean, with parts of images `added` at these values."""
+    found, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
+    found = np.concatenate([found, list(added)])
+    weights = np.concatenate([counts, list(added.values())])
     total = round(float(weights.sum()))
     # Resampling images is drawing how often each value occurs.
     generator = np.random.Generator(np.random.PCG64(seed))
     drawn: NDArray[Any] = generator.multinomial(total, weights / weights.sum(), size=RESAMPLES)
     tail = 50.0 * (1.0 - confidence)
-    low, high = np.percentile(drawn @ values / total, [tail, 100.0 - tail])
+    low, high = np.percentile(drawn @ found / total, [tail, 100.0 - tail])
     return float(low), float(high)
 
 

@@ -15,7 +15,9 @@ import tomli_w
 from ebm_defense import attacks
 from ebm_defense.attacks import PGD, Attack, ThreatModel, Transfer
 from ebm_defense.errors import UsageError
-from ebm_defense.eval.judging.rules import OneStage, Rule, TwoStage
+from ebm_defense.eval.judging.judge import refuse_looks
+from ebm_defense.eval.judging.rules import AsDeployed, OneStage, Rule, TwoStage
+from ebm_defense.eval.judging.selection import Selection
 from ebm_defense.eval.judging.sequential import Sequential
 from ebm_defense.eval.protocols.presets import (
     STANDARD,
@@ -29,6 +31,7 @@ from ebm_defense.serialize import build, describe
 
 LOG = logging.getLogger("ebm_defense.eval")
 PUBLISHED_EPS = 8 / 255
+SELECTED = "selected"
 STEPS_ACROSS_EPS = 4  # the published step is 2/255 at eps 8/255
 
 
@@ -39,22 +42,29 @@ class Protocol:
     Attributes:
         name: stands in every table.
         attacks: each is judged on its own row.
-        judge_replicates: fresh draws H of a verification, at most, and of clean accuracy.
+        judge_replicates: fresh draws H of a judgement, at most, and of clean accuracy.
         verdict: the rule by which draws become a verdict.
-        ensemble: whether each attack gets only the images that still stand after those before it,
-            so that the last row is the worst of all, image by image.
-        looks: a name in `LOOKS`: whether an attack's every look comes before the judge, or the
-            images that it ends with alone.
+        ensemble: whether an attack spares the images that one before it broke.
+        looks: a name in `LOOKS`: whether the one image that is selected from all that an attack
+            proposes comes before the judge; or, as in published protocols, an attack's every look,
+            or the images that it ends with. If not given "selected", and "every" for the
+            two-stage rule.
+        selection: how that image is selected; only where looks is "selected", and there
+            `Selection` if not given.
 
     A protocol called "standard" that lacks an attack of that ensemble is called "standard-partial".
+
+    Raises:
+        UsageError: a setting out of range, or a verdict that does not fit the looks.
     """
 
     name: str
     attacks: tuple[Attack, ...]
     judge_replicates: int
-    verdict: Rule = field(default_factory=TwoStage)
+    verdict: Rule = field(default_factory=AsDeployed)
     ensemble: bool = False
-    looks: str = "every"
+    looks: str = ""
+    selection: Selection | None = None
 
     def __post_init__(self) -> None:
         plain_numbers(self)
@@ -62,11 +72,28 @@ class Protocol:
             raise UsageError(f"judge replicates must be at least 1, not {self.judge_replicates}.")
         if not self.attacks:
             raise UsageError("a protocol needs at least one attack.")
+        if not self.looks:
+            published = isinstance(self.verdict, TwoStage)
+            object.__setattr__(self, "looks", "every" if published else SELECTED)
         if self.looks not in LOOKS:
             raise UsageError(f"looks is {self.looks!r}; choose one of {', '.join(LOOKS)}.")
+        self._check_verdict()
+        if self.looks == SELECTED and self.selection is None:
+            object.__setattr__(self, "selection", Selection())
         # Here, so that no way to make a protocol can keep the name of one that does more.
         if self.name == "standard" and not self._complete():
             object.__setattr__(self, "name", "standard-partial")
+
+    def _check_verdict(self) -> None:
+        if self.looks == SELECTED:
+            refuse_looks(self.verdict)
+        elif self.selection is not None:
+            raise UsageError(f"looks={self.looks!r} selects no image, so it takes no selection.")
+        elif self.looks == "every" and isinstance(self.verdict, AsDeployed):
+            raise UsageError(
+                "the as-deployed verdict judges one image of each, not an attack's every look; "
+                'give looks="selected".'
+            )
 
     def _complete(self) -> bool:
         return self.ensemble and {standard_kind(a) for a in self.attacks} >= STANDARD
@@ -96,8 +123,9 @@ class Protocol:
         return tomli_w.dumps(describe(self))
 
 
-LOOKS = ("every", "last")
+LOOKS = (SELECTED, "every", "last")
 VERDICTS: dict[str, Callable[..., Rule]] = {
+    "as-deployed": AsDeployed,
     "two-stage": TwoStage,
     "one-stage": OneStage,
     "sequential": Sequential,
@@ -114,7 +142,8 @@ class Budget:
         steps: attack steps.
         step_size: in [0, 1] units; a quarter of eps if not given.
         replicates: attack replicates.
-        judge_replicates: verification replicates.
+        judge_replicates: fresh draws of a judgement.
+        selection_replicates: fresh draws by which the image that is judged is selected.
         verdict: a name in `VERDICTS`.
         alpha: error level of the sequential verdict.
     """
@@ -125,6 +154,7 @@ class Budget:
     step_size: float | None = None
     replicates: int | None = None
     judge_replicates: int | None = None
+    selection_replicates: int | None = None
     verdict: str | None = None
     alpha: float | None = None
 
@@ -150,8 +180,40 @@ class Budget:
             raise UsageError(f"the {rule.name} verdict has no alpha; the sequential one has.")
         return dataclasses.replace(rule, alpha=self.alpha)
 
+    def judged(self, name: str, number: dict[str, Any], preset: Rule, looks: str) -> dict[str, Any]:
+        """Return how a preset of this name is judged, as keywords of `Protocol`.
 
-def _bpda(name: str, budget: Budget, transfer: bool, **preset: Any) -> Protocol:
+        The two-stage rule is about an attack's every look, and brings every look before the judge.
+
+        Raises:
+            UsageError: as `rule`, or selection replicates where nothing is selected.
+        """
+        rule = self.rule(preset)
+        if looks == SELECTED and isinstance(rule, TwoStage):
+            looks = "every"
+        elif looks == "every" and isinstance(rule, AsDeployed):
+            looks = SELECTED
+        judged = {"judge_replicates": number["judge_replicates"], "verdict": rule, "looks": looks}
+        if looks == SELECTED:
+            draws = number.get("selection_replicates", Selection().draws)
+            return judged | {"selection": Selection(draws=draws)}
+        if self.selection_replicates is not None:
+            raise UsageError(
+                f"protocol {name} judges {'every look' if looks == 'every' else 'last images'} and "
+                "selects none, so it takes no selection replicates."
+            )
+        return judged
+
+
+def _bpda(
+    name: str,
+    budget: Budget,
+    rule: Rule,
+    looks: str,
+    preset: dict[str, int],
+    *,
+    transfer: bool = False,
+) -> Protocol:
     number = budget.over(norm="Linf", eps=PUBLISHED_EPS, **preset)
     pgd = PGD(
         threat=ThreatModel(norm=number["norm"], eps=number["eps"]),
@@ -160,30 +222,25 @@ def _bpda(name: str, budget: Budget, transfer: bool, **preset: Any) -> Protocol:
     attacks: tuple[Attack, ...] = (pgd,)
     if transfer:
         attacks = (Transfer(attack=pgd, replicates=number["replicates"]), pgd)
-    return Protocol(
-        name=name,
-        attacks=attacks,
-        judge_replicates=number["judge_replicates"],
-        verdict=budget.rule(TwoStage()),
-    )
+    return Protocol(name=name, attacks=attacks, **budget.judged(name, number, rule, looks))
 
 
 def _hill2021(budget: Budget) -> Protocol:
     """BPDA+EOT as published by Hill, Mitchell, Zhu (2021), and their transfer attack."""
     preset = {"steps": 50, "replicates": 15, "judge_replicates": 150}
-    return _bpda("hill2021", budget, transfer=True, **preset)
+    return _bpda("hill2021", budget, TwoStage(), "every", preset, transfer=True)
 
 
 def _lifecycle2022(budget: Budget) -> Protocol:
     """BPDA+EOT as published by Hill et al. (2022, EBM Life Cycle) for CIFAR-10."""
     preset = {"steps": 50, "replicates": 48, "judge_replicates": 128}
-    return _bpda("lifecycle2022", budget, transfer=False, **preset)
+    return _bpda("lifecycle2022", budget, TwoStage(), "every", preset)
 
 
 def _quick(budget: Budget) -> Protocol:
     """The same attack in minutes on a CPU: a first impression, not a result for a paper."""
-    preset = {"steps": 10, "replicates": 8, "judge_replicates": 32}
-    return _bpda("quick", budget, transfer=False, **preset)
+    preset = {"steps": 10, "replicates": 8, "judge_replicates": 32, "selection_replicates": 16}
+    return _bpda("quick", budget, AsDeployed(), SELECTED, preset)
 
 
 def _mefa2026(budget: Budget) -> Protocol:
@@ -194,18 +251,13 @@ def _mefa2026(budget: Budget) -> Protocol:
     number = budget.over(norm="Linf", eps=PUBLISHED_EPS, **preset)
     threat = ThreatModel(norm=number["norm"], eps=number["eps"])
     attack = mefa_attack(threat, number["steps"], number["step_size"], number["replicates"])
-    return Protocol(
-        name="mefa2026",
-        attacks=(attack,),
-        judge_replicates=number["judge_replicates"],
-        verdict=budget.rule(OneStage()),
-        looks="last",
-    )
+    judged = budget.judged("mefa2026", number, OneStage(), "last")
+    return Protocol(name="mefa2026", attacks=(attack,), **judged)
 
 
 def _standard(budget: Budget) -> Protocol:
-    """Every kind of attack, the worst image by image, each on the images still standing: transfer,
-    BPDA-PGD, APGD on cross-entropy and DLR, DiffHammer and targeted APGD through the chain, Square.
+    """Every kind of attack, the worst image by image: transfer, BPDA-PGD, APGD on cross-entropy and
+    DLR, DiffHammer and targeted APGD through the chain, Square.
     """
     preset = {"steps": 100, "replicates": 20, "judge_replicates": 150}
     number = budget.over(norm="Linf", eps=PUBLISHED_EPS, **preset)
@@ -214,9 +266,8 @@ def _standard(budget: Budget) -> Protocol:
     return Protocol(
         name="standard",
         attacks=standard_attacks(threat, *sizes),
-        judge_replicates=number["judge_replicates"],
-        verdict=budget.rule(Sequential()),
         ensemble=True,
+        **budget.judged("standard", number, AsDeployed(), SELECTED),
     )
 
 
@@ -235,7 +286,7 @@ def get_protocol(name: str, **budget: Any) -> Protocol:
     Args:
         name: a name in `PROTOCOLS`.
         **budget: fields of `Budget`: norm, eps, steps, step_size, replicates, judge_replicates,
-            verdict, alpha.
+            selection_replicates, verdict, alpha.
             A changed number shows in every table's footnote; the name stays.
 
     Raises:
@@ -297,5 +348,5 @@ def _kinds() -> dict[str, type]:
     entries = [entry.make for entry in attacks.ATTACKS.values()]
     parts = [*entries, *attacks.GRADIENTS.values(), *attacks.LOSSES.values()]
     parts += [getattr(attacks, name) for name in attacks.__all__]
-    found = [Protocol, *VERDICTS.values(), *parts]
+    found = [Protocol, Selection, *VERDICTS.values(), *parts]
     return {k.__name__: k for k in found if isinstance(k, type) and dataclasses.is_dataclass(k)}

@@ -12,20 +12,15 @@ import pandas as pd
 
 from ebm_defense.attacks.base import Attack
 from ebm_defense.errors import UsageError
-from ebm_defense.eval.judging.paired import mcnemar, unpaired
-from ebm_defense.eval.judging.statistics import CONFIDENCE, Share
+from ebm_defense.eval.job import WORST_OF_ALL
+from ebm_defense.eval.judging.paired import unpaired
+from ebm_defense.eval.judging.statistics import CONFIDENCE, Share, are_verdicts, paired_p_value
 from ebm_defense.eval.reporting import latex
 from ebm_defense.eval.reporting.captions import attack_details, verdict_caption
 from ebm_defense.eval.reporting.flags import Flag
 from ebm_defense.eval.reporting.page import render
 from ebm_defense.eval.reporting.plots import FIGURES, draw_figures, inline_svg
-from ebm_defense.eval.reporting.report import (
-    WORST_OF_ALL,
-    Report,
-    attack_title,
-    inline,
-    stands_column,
-)
+from ebm_defense.eval.reporting.report import Report, attack_title, inline, stands_column
 from ebm_defense.files import writable_folder, write_text
 from ebm_defense.purifiers.registry import caption
 
@@ -120,7 +115,7 @@ class Comparison:
         one, two = self._outcomes(column, first, doubt=0), self._outcomes(column, second, doubt=1)
         if one.mean() <= two.mean():
             return 1.0
-        return (mcnemar if self.same_images(first, second) else unpaired)(one, two)
+        return (paired_p_value if self.same_images(first, second) else unpaired)(one, two)
 
     def _outcomes(self, column: Column, row: int, doubt: int | None = None) -> pd.Series:
         """Return right or wrong an image; undecided images as `doubt` says, if it does."""
@@ -205,7 +200,13 @@ class Comparison:
 
     def caption(self) -> str:
         """Return one sentence that says what the numbers are."""
-        return f"Accuracy in % and its {CONFIDENCE:.0%} Wilson interval."
+        wide = ", which is conservative for shares of predictions" if self._shares() else ""
+        return f"Accuracy in % and its {CONFIDENCE:.0%} Wilson interval over images{wide}."
+
+    def _shares(self) -> bool:
+        """Return whether some images count in part."""
+        cells = ((column, row) for column in self.columns for row in column.sources)
+        return not all(are_verdicts(self._outcomes(*cell)) for cell in cells)
 
     def _measured(self) -> Iterator[str]:
         """Yield what was done for each column, and how those alike were judged."""
@@ -220,8 +221,11 @@ class Comparison:
             return ""
         paired = [self.same_images(*pair) for pair in pairs]
         kind = "McNemar's exact test on the same images"
+        if self._shares():
+            kind = "a sign-flip permutation test of the differences on the same images"
         if not all(paired):
-            other = "Fisher's exact test, unpaired, because runs are of different images"
+            named = "a permutation" if self._shares() else "Fisher's exact"
+            other = f"{named} test, unpaired, because runs are of different images"
             kind = f"{kind} or {other}" if any(paired) else other
         level = f"{kind}, at {LEVEL:.0%} divided by the number of comparisons."
         if any(self.best(column) is not None for column in self.columns):
@@ -295,8 +299,8 @@ class Comparison:
 
 
 COST_NOTE = (
-    "Costs are Langevin steps an image: of one prediction, by as many draws as clean accuracy was "
-    "judged on, and of the whole evaluation."
+    "Costs are Langevin steps an image: of one prediction, by as many draws as its accuracy is of, "
+    "and of the whole evaluation."
 )
 
 
@@ -359,12 +363,11 @@ def _measured(row: int, report: Report, sweep: bool) -> Iterator[Column]:
     The worst of all is one column for runs whose attacks differ in their gradients alone, since an
     attacker takes the one that fits the defense.
     """
-    protocol, draws = report.protocol, report.protocol.judge_replicates
-    note = f"right by the average of {draws} fresh draws."
+    protocol = report.protocol
+    note, judged = _clean_note(report), verdict_caption(protocol, report.predicted_draws())
     yield Column(
         title=CLEAN, note=note, judged="", sources={row: Source("clean", ())}, alike=(CLEAN, note)
     )
-    judged = verdict_caption(protocol.verdict, draws)
     numbered = list(enumerate(protocol.attacks))
     for number, attack in numbered if not protocol.ensemble else []:
         details = attack_details(attack)
@@ -373,12 +376,12 @@ def _measured(row: int, report: Report, sweep: bool) -> Iterator[Column]:
             note=details,
             judged=judged,
             sources={row: Source(stands_column(number, attack), (number,))},
-            alike=(protocol.name, details, judged),
+            alike=(protocol.name, attack.name, details, judged),
         )
     if len(numbered) > 1:
         yield Column(
             title=WORST_OF_ALL,
-            note=_ensemble_note(protocol.attacks) if protocol.ensemble else EVERY_NOTE,
+            note=_worst_note(report),
             judged=judged,
             sources={row: Source(WORST_OF_ALL, tuple(i for i, _ in numbered))},
             alike=(protocol.name, judged, *map(_but_gradient, protocol.attacks)),
@@ -392,6 +395,23 @@ def _but_gradient(attack: Attack) -> str:
 
 
 EVERY_NOTE = "images that stand under every attack of their row."
+WORST_NOTE = (
+    "of each image the worst that an attack of its row found, chosen on draws of their own."
+)
+
+
+def _clean_note(report: Report) -> str:
+    draws = report.protocol.judge_replicates
+    if not report.judged_once():
+        return f"right by the average of {draws} fresh draws."
+    return "the images as they are, by the same rule and draws."
+
+
+def _worst_note(report: Report) -> str:
+    if report.judged_once():
+        return WORST_NOTE
+    attacks = report.protocol.attacks
+    return _ensemble_note(attacks) if report.protocol.ensemble else EVERY_NOTE
 
 
 def _family(attack: Attack) -> str:

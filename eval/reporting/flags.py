@@ -14,7 +14,8 @@ from scipy.stats import binom, norm
 from ebm_defense.attacks import Transfer
 from ebm_defense.attacks.base import Attack
 from ebm_defense.eval.judging.sanity_checks import SanityChecks
-from ebm_defense.eval.judging.statistics import share
+from ebm_defense.eval.judging.selection import course_right
+from ebm_defense.eval.judging.statistics import mcnemar, paired_p_value, share
 from ebm_defense.eval.protocols.protocol import Protocol
 
 LOG = logging.getLogger("ebm_defense.eval")
@@ -182,16 +183,17 @@ def _ahead(e: Evidence, kind: Callable[[Attack], bool]) -> Finding:
     white = e.numbers(_white)
     if not white:
         return
+    # Of shares of predictions the least is the luckiest, which speaks for the white-box ones.
     stands = np.min([e.column(i, "stands") for i in white], axis=0)
+    met = e.records.get("natural", pd.Series(1, e.records.index)).to_numpy() == 1
     for number in e.numbers(kind):
-        other, met = e.column(number, "stands").to_numpy(), (e.records["natural"] == 1).to_numpy()
-        alone, missed = (int((met & a & b).sum()) for a, b in
-                         ((other == 0, stands == 1), (other == 1, stands == 0)))  # fmt: skip
-        surely = binom.sf(alone - 1, alone + missed, 0.5) < UNLIKELY
+        ahead = (stands - e.column(number, "stands").to_numpy())[met]
+        alone, missed = ahead.clip(0).sum(), (-ahead).clip(0).sum()
+        surely = paired_p_value(ahead.clip(0), (-ahead).clip(0)) < 2 * UNLIKELY
         if surely and alone - missed > AHEAD * met.sum():
             yield (
-                f"{e.protocol.attacks[number].name} broke {alone} images that no white-box attack "
-                f"broke, and missed {missed} that one did",
+                f"{e.protocol.attacks[number].name} broke {alone:.3g} images that no white-box "
+                f"attack broke, and missed {missed:.3g} that one did",
                 (number, *white),
             )
 
@@ -200,6 +202,9 @@ def _not_flat(e: Evidence) -> Finding:
     if e.protocol.looks == "last":
         return  # judged once, at the end, an attack has no curve
     for number, attack in enumerate(e.protocol.attacks):
+        if f"{number} {attack.name}: course" in e.records:
+            yield from _course_not_flat(e, number, attack)
+            continue
         late = attack.looks - math.ceil(attack.looks / LATE)
         lost = int((e.column(number, "broken at") >= max(late, 1)).sum())
         total = len(e.records)
@@ -208,6 +213,25 @@ def _not_flat(e: Evidence) -> Finding:
                 f"{attack.name} broke {lost} of {total} images in the last fifth of its steps",
                 (number,),
             )
+
+
+def _course_not_flat(e: Evidence, number: int, attack: Attack) -> Finding:
+    """Compare the attack's own draws in the end with those a fifth of its steps earlier."""
+    right = course_right(e.column(number, "course"))
+    looks = right.shape[1]
+    if looks < LATE:
+        return
+    before, after = right[:, looks - 1 - math.ceil(looks / LATE)], right[:, -1]
+    lost, gained = int((before > after).sum()), int((after > before).sum())
+    # Looks at a random defense differ by luck too; at another one, only by what was lost.
+    surely = not e.sanity_checks.stochastic or mcnemar(lost, gained) < UNLIKELY
+    net = max(lost - gained, 0)
+    if surely and share(net, len(right), interval="clopper-pearson").low > LOST:
+        yield (
+            f"in the last fifth of the steps of {attack.name} its own draws came to be wrong on "
+            f"{lost} of {len(right)} images, and right on {gained}",
+            (number,),
+        )
 
 
 def _views_differ(e: Evidence) -> Finding:
@@ -227,11 +251,14 @@ def _views_differ(e: Evidence) -> Finding:
 def _views(e: Evidence, number: int, last: int) -> tuple[np.ndarray, ...]:
     """Return right draws and draws, the attack's and the judge's, of images seen to the end.
 
-    An image broken on the way was chosen for draws that came out wrong; the last look at those
-    that were left is no choice.
+    Of every look that is judged, an image broken on the way was chosen for draws that came out
+    wrong; the last look at those that were left is no choice. An image that was selected has been
+    looked at once more, by draws that chose nothing.
     """
-    broken = e.column(number, "broken at")
-    seen = (e.column(number, "attack draws") > 0) & ((broken < 0) | (broken >= last))
+    seen = e.column(number, "attack draws") > 0
+    if f"{number} {e.protocol.attacks[number].name}: broken at" in e.records:
+        broken = e.column(number, "broken at")
+        seen &= (broken < 0) | (broken >= last)
     draws = e.column(number, "draws")
     columns = (
         e.column(number, "attack right"),

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ebm_defense.eval.job import attack_column
 from ebm_defense.eval.judging.statistics import Share
 from ebm_defense.eval.reporting.page import data_uri, png, render
 from ebm_defense.eval.reporting.plots import draw_curve, draw_legend, inline_svg, step_canvas
-from ebm_defense.eval.reporting.report import DEFINED_ON, Report, attack_title
-from ebm_defense.eval.runner import attack_column
+from ebm_defense.eval.reporting.report import Report, attack_title
 from ebm_defense.eval.storage.run_folder import ENVIRONMENT, read_toml
 
 BREAKS = 12
@@ -29,7 +29,7 @@ def report_page(report: Report, folder: Path | None = None, strip: bytes | None 
         UsageError: a file of the folder is damaged.
     """
     last = report.protocol.attacks[-1]
-    table, definitions = report.printable(), report.printable_definitions(lambda *cell: cell)
+    table = report.printable()
     return render(
         "report.html",
         name=report.name,
@@ -40,10 +40,9 @@ def report_page(report: Report, folder: Path | None = None, strip: bytes | None 
         head=list(table.columns),
         rows=table.to_numpy().tolist(),
         caption=report.caption(),
-        definitions=[list(definitions.columns), *definitions.to_numpy().tolist()],
-        defined_on=DEFINED_ON,
         flags=report.flags,
         curve=_curve(report),
+        seen=", by the attack's own replicates" if report.judged_once() else "",
         strip=_strip(folder, strip),
         breaks=list(confident_breaks(report)),
         costs=_costs(report),
@@ -52,12 +51,14 @@ def report_page(report: Report, folder: Path | None = None, strip: bytes | None 
 
 
 def confident_breaks(report: Report, most: int = BREAKS) -> Iterator[dict[str, Any]]:
-    """Yield the images that the last attack broke, those with the fewest right draws first."""
+    """Yield the images that the last attack broke, those with the fewest right draws first.
+
+    Where predictions are counted, those that most of them had right before and most have wrong.
+    """
     name = attack_column(len(report.protocol.attacks) - 1, report.protocol.attacks[-1])
-    found = report.records[
-        (report.records["natural"] == 1) & (report.records[f"{name}: stands"] == 0)
-    ]
-    columns = ["image", "label", f"{name}: broken at", f"{name}: votes"]
+    found = report.records[(report.natural() > 0.5) & (report.records[f"{name}: stands"] < 0.5)]
+    at = "chosen at" if report.judged_once() else "broken at"
+    columns = ["image", "label", f"{name}: {at}", f"{name}: votes"]
     ranked = found.sort_values(f"{name}: votes", kind="stable").head(most)
     for row, (image, label, step, votes) in zip(
         ranked.index, ranked[columns].to_numpy().tolist(), strict=True

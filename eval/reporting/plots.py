@@ -88,17 +88,18 @@ def draw_curve(
         label: stands in the legend; the run's name if not given.
         of: how many curves there are, so that no interval hides another.
     """
-    curve, total = report.curve(attack).to_numpy(), len(report.records)
+    found, total = report.curve(attack), len(report.records)
+    curve, steps = found.to_numpy(), found.index.to_numpy(dtype=float)
     look, name = _look(number), label or report.name
     # A stair lies about its step, so that the last one, the verdict, has a width too.
-    edges = np.arange(len(curve) + 1) - 0.5
+    edges = np.append(steps, steps[-1] + 1.0) - 0.5
     axis.stairs(100 * curve, edges, baseline=None, label=name, **look)
     every = math.ceil(len(curve) / BARS)
     shown = np.arange(len(curve) - number * every // of)[::-every]
     shares = [share(round(curve[s] * total), total) for s in shown]
     across = (number + 1) / (of + 1) - 0.5
     axis.errorbar(
-        shown + across,
+        steps[shown] + across,
         [100 * s.value for s in shares],
         yerr=_ends(shares),
         fmt="none",

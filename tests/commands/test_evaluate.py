@@ -71,9 +71,9 @@ def test_dry_run_prints_the_cost_and_writes_nothing(run, tiny_defense, tmp_path)
     out = tmp_path / "run"
     status, printed, _ = run(*small(tiny_defense, out, "--dry-run"))
     assert status == 0
-    # 6 images × 3 Langevin steps × (3 clean + 2 natural + (2 attack steps + start) × 2 replicates
-    # + 3 draws of the final images)
-    assert f"chain-steps: {6 * 3 * (3 + 2 + 3 * 2 + 3):,}" in printed
+    # 6 images × 3 Langevin steps × (3 clean + (2 attack steps + start) × 2 replicates + 16 draws of
+    # each of the three candidates + 2 of the chosen one as the attack sees it + 3 of the judge)
+    assert f"chain-steps: {6 * 3 * (3 + 3 * 2 + 3 * 16 + 2 + 3):,}" in printed
     assert "expected time" in printed
     assert "memory" in printed
     assert not out.exists()
@@ -97,7 +97,8 @@ def test_a_dry_run_promises_no_number_that_a_library_decides(run, tiny_defense) 
     "purifier", ["none", "gaussian:0.1", "jpeg:75", "bits:3", "tv:0.1", "median:3"]
 )
 def test_every_baseline_is_evaluated(run, tiny_defense, tmp_path, purifier: str) -> None:
-    status, printed, _ = run(*small(tiny_defense, tmp_path / "run", "--purifier", purifier))
+    judge = ("--judge-replicates", 16)  # as many as a purifier of one's own is averaged over
+    status, printed, _ = run(*small(tiny_defense, tmp_path / "run", "--purifier", purifier, *judge))
     assert status == 0
     assert "PGD-2" in printed
 
@@ -140,7 +141,7 @@ def test_a_users_own_parts(run, own_parts: Path) -> None:
     torch.save({f"linear.{k}": v for k, v in nn.Linear(64, 10).state_dict().items()}, weights)
     own = ("--classifier", "ownparts:Linear", "--classifier-weights", weights)
     energy = ("--energy", "ownparts:Bowl", "--langevin-steps", 4, "--temperature", 1.0)
-    head = ("evaluate", *SMALL, "--judge-replicates", 3)
+    head = ("evaluate", *SMALL, "--judge-replicates", 16)
     status, printed, _ = run(*head, *own, *energy, "--out", own_parts / "energy")
     assert status == 0
     assert "4 Langevin steps" in printed

@@ -50,7 +50,7 @@ def contents(run: Path) -> dict[str, bytes]:
 
 def test_the_run_has_something_to_tell(alone):
     records = pd.read_csv(alone / "records.csv")
-    attacked = records[records["natural"] == 1]
+    attacked = records[records["clean"] == 1]
     assert set(attacked["0 PGD-2: stands"]) == {0, 1}
     assert set(attacked["image"] // 32) == {0, 1}
 

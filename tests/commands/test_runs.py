@@ -48,7 +48,7 @@ def test_a_run_is_verified_by_its_own_defense_again_and_again(run, finished) -> 
 
 
 def test_saved_images_are_judged_by_another_defense(run, finished, tiny_defense) -> None:
-    status, printed, _ = run("verify", finished, "--defense", tiny_defense, "--replicates", 1)
+    status, printed, _ = run("verify", finished, "--defense", tiny_defense, "--replicates", 2)
     assert status == 0
     assert "newly broken" in printed
     status, _, err = run("verify", finished, "--defense", "fashion-mnist")

@@ -59,7 +59,9 @@ def small_evaluation(
         protocol = dataclasses.replace(chosen, attacks=tuple(map(small, chosen.attacks)))
     else:
         attacks = [small(attack) for attack in attacks]
-    draws = min(options.pop("judge_replicates", None) or DRAWS, DRAWS)
+    # As many draws as one prediction of the defense averages are needed at least.
+    enough = max(DRAWS, getattr(model, "replicates", 1))
+    draws = min(options.pop("judge_replicates", None) or enough, enough)
     return _evaluate(
         model, images, labels, protocol, attacks=attacks, judge_replicates=draws, **options
     )

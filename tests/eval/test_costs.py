@@ -52,7 +52,7 @@ def job(counting_purifier):
 
     def make(attacks, **rules):
         protocol = Protocol(name="custom", attacks=tuple(attacks), judge_replicates=4, **rules)
-        defense = PurifiedClassifier(classifier, counting_purifier)
+        defense = PurifiedClassifier(classifier, counting_purifier, replicates=2)
         return runner.Job(defense=defense, images=images, labels=labels, protocol=protocol, seed=0)
 
     return make
@@ -82,4 +82,4 @@ def test_a_report_says_at_least_where_a_library_decides(job) -> None:
             made.defense, made.images, made.labels, attacks=[attack], judge_replicates=4
         )
         planned = runner.planned_steps(made)
-        assert f"). {least}{planned:,} chain-steps an image" in report.caption()
+        assert f". {least}{planned:,} chain-steps an image" in report.caption()

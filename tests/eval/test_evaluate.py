@@ -13,7 +13,7 @@ from torch import nn
 
 from ebm_defense import PurifiedClassifier, Purifier, UsageError
 from ebm_defense.attacks import PGD, ThreatModel, Transfer
-from ebm_defense.eval import Protocol, evaluate, get_protocol
+from ebm_defense.eval import Protocol, TwoStage, evaluate, get_protocol
 from ebm_defense.eval.reporting import latex
 from ebm_defense.files import load_tensors
 
@@ -59,7 +59,7 @@ def test_the_evaluation_finds_something_to_break_and_something_that_stands(
     langevin_defense, images, labels
 ):
     report = evaluate(langevin_defense(), images, labels, **BUDGET)
-    assert 0.0 < report.robust().value < report.share("natural").value < 1.0
+    assert 0.0 < report.robust().value < report.share("clean").value < 1.0
 
 
 def test_another_seed_draws_other_noise(langevin_defense, images, labels):
@@ -140,8 +140,13 @@ def test_adversarial_images_obey_the_threat_model(langevin_defense, images, labe
         assert report.records[f"{name}: size"].tolist() == pytest.approx(size.tolist())
 
 
-def test_a_natural_error_counts_as_broken_at_the_start(langevin_defense, images, labels):
-    records = evaluate(langevin_defense(), images, labels, **BUDGET).records
+def test_by_a_published_rule_a_natural_error_counts_as_broken_at_the_start(
+    langevin_defense, images, labels
+):
+    protocol = Protocol(
+        name="mine", attacks=ATTACKS, judge_replicates=5, verdict=TwoStage(), looks="every"
+    )
+    records = evaluate(langevin_defense(), images, labels, protocol).records
     errors = records[records["natural"] == 0]
     assert len(errors) >= 2
     assert (errors["1 PGD-3: stands"] == 0).all()
@@ -296,7 +301,7 @@ def cut_in_half(path):
 
 
 def rename_a_column(path):
-    path.write_text(path.read_text().replace("natural", "unnatural", 1))
+    path.write_text(path.read_text().replace("label", "libel", 1))
 
 
 def remove(path):
@@ -367,13 +372,17 @@ def test_a_random_function_of_few_errors_stays_robust(images):
     labels = linear_function(images).sign().argmax(1)
     harmless = PGD(threat=ThreatModel(eps=1e-6), steps=10, step_size=1e-6, replicates=1)
     report = evaluate(random_function, images, labels, attacks=[harmless])
-    assert report.robust().value == 1.0
+    found = report.definitions().set_index(["images of", "definition"])["accuracy"]
+    assert found["PGD-10 (BPDA+EOT)", "mean logits of 150"] == 1.0
+    # One prediction is one pass.
+    assert report.robust().value == found["PGD-10 (BPDA+EOT)", "one pass (mean)"]
+    assert abs(report.robust().value - 0.8) < 4 * 0.4 / (len(images) * 150) ** 0.5
 
 
 def test_a_foreign_purifier_is_judged(images):
     labels = linear_function(images).argmax(1)
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double()
-    defense = PurifiedClassifier(network, lambda x: x + 0.01 * torch.randn_like(x))
+    defense = PurifiedClassifier(network, lambda x: x + 0.01 * torch.randn_like(x), replicates=3)
     first, again = (evaluate(defense, images, labels, **BUDGET) for _ in range(2))
     same(first.records, again.records)
 
@@ -600,7 +609,7 @@ def test_the_latex_escapes_what_latex_would_eat(report):
 
 def test_the_table_has_a_row_for_each_model_and_attack(report):
     table = report.table()
-    assert table["model"].tolist() == ["undefended"] * 2 + ["defended"] * 5
+    assert table["model"].tolist() == ["undefended"] * 2 + ["defended"] * 4
     assert table["attack"].iloc[-1] == "worst of all"
     assert table["attack"].str.contains("PGD-3").sum() == 3
     assert table["attack"].str.contains("transfer").sum() == 1
@@ -627,7 +636,21 @@ def test_saving_writes_every_form(report, tmp_path):
     }
 
 
-def test_the_curve_falls_from_the_start_to_robust_accuracy(report):
+def test_the_curve_is_of_the_attacks_own_draws_at_each_step(report):
+    curve, courses = report.curve(), report.records["1 PGD-3: course"]
+    assert curve.index.tolist() == [0, 1, 2, 3]
+    assert (courses.str.len() == ATTACK.steps + 1).all()
+    for step in curve.index:
+        assert curve[step] == (courses.str[step] == "o").mean()
+
+
+def test_by_a_published_rule_the_curve_falls_from_the_start_to_robust_accuracy(
+    langevin_defense, images, labels
+):
+    protocol = Protocol(
+        name="mine", attacks=(ATTACK,), judge_replicates=5, verdict=TwoStage(), looks="every"
+    )
+    report = evaluate(langevin_defense(steps=6), images, labels, protocol, seed=11)
     curve = report.curve()
     assert len(curve) == ATTACK.steps + 1
     assert curve.is_monotonic_decreasing
@@ -641,7 +664,11 @@ def test_each_attack_has_its_own_accuracy(report):
         assert report.robust(number).value == stands.mean()
 
 
-def test_the_cost_is_counted_by_phase(report):
+def test_the_cost_is_counted_by_phase(report, langevin_defense):
     assert report.chain_steps["PGD-3"] > 0
-    assert report.chain_steps["clean"] >= COUNT * (5 + 2) * 6
+    assert report.chain_steps["clean"] == COUNT * 5 * 6
+    # Three looks with a gradient and one without, the last look, the judge; candidates besides.
+    least = 3 * ATTACK.gradient.chain_steps(langevin_defense(steps=6), 2) + 2 * 6 + (2 + 5) * 6
+    assert report.chain_steps["PGD-3"] >= COUNT * least / 2
+    assert report.chain_steps["worst of all"] >= COUNT * 5 * 6
     assert set(report.chain_steps) <= set(report.seconds)

@@ -16,21 +16,22 @@ from ebm_defense.eval.ranking import Contest, Field, Outcome, compete, ranking
 THREAT = ThreatModel(eps=0.1)
 
 
-def outcome(name: str, stands: list[int], steps: float = 0.0, seconds: float = 0.0) -> Outcome:
+def outcome(name: str, stands: list[float], steps: float = 0.0, seconds: float = 0.0) -> Outcome:
     return Outcome(name, pd.Series(stands), steps, seconds)
 
 
-def test_the_strongest_on_shared_images_is_first_and_the_worst_is_image_by_image() -> None:
+def test_the_strongest_on_shared_images_is_first_and_the_worst_of_all_last() -> None:
     around = outcome("around", [1, 1, 1, 0, 0, 0], steps=60.0, seconds=6.0)
     strong = outcome("strong", [0, 1, 1], steps=30.0, seconds=1.5)
     weak = outcome("weak", [1, 1, 0], steps=3.0)
-    table = ranking([around, weak, strong])
+    worst = outcome("worst of all", [0, 1, 0.5], steps=6.0)
+    table = ranking([around, weak, strong, worst])
     # Of the three that all had, around leaves 3, the others 2; of those two the cheaper is first.
     assert list(table["attack"]) == ["weak", "strong", "around", "worst of all"]
-    assert list(table["robust % of the first 3"]) == ["66.7", "66.7", "100.0", "33.3"]
-    assert list(table["robust %"]) == ["66.7", "66.7", "50.0", "33.3"]
+    assert list(table["robust % of the first 3"]) == ["66.7", "66.7", "100.0", "50.0"]
+    assert list(table["robust %"]) == ["66.7", "66.7", "50.0", "50.0"]
     assert list(table["BPDA on these %"]) == ["100.0", "100.0", "50.0", "100.0"]
-    assert list(table["chain-steps an image"]) == ["1", "10", "10", "31"]
+    assert list(table["chain-steps an image"]) == ["1", "10", "10", "2"]
     assert list(table["images"]) == ["3", "3", "6", "3"]
 
 
@@ -55,7 +56,7 @@ def test_dearer_attacks_get_the_first_images_and_finished_ones_are_not_run_again
         return {p: p.stat().st_mtime_ns for p in tmp_path.rglob("shards/*")}
 
     first, written = run(), shards()
-    assert [len(o.stands) for o in first] == [4, 2]
+    assert [len(o.stands) for o in first] == [4, 2, 2]  # the last is the worst of all
     assert len({p.parent for p in written}) == 2
     assert ranking(run()).equals(ranking(first))
     assert shards() == written

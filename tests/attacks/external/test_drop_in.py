@@ -47,9 +47,7 @@ def check(defense, images, adversarial, labels, threat) -> None:
     assert defense.calls > 2
     assert adversarial.shape == images.shape
     assert float(threat.size(adversarial, images).max()) <= threat.eps + 1e-5
-    verdict = judge_images(
-        defense, images, adversarial, labels, threat=threat, replicates=4, screen=2
-    )
+    verdict = judge_images(defense, images, adversarial, labels, threat=threat, replicates=4)
     assert verdict.stands.shape == labels.shape
     torch.testing.assert_close(verdict.images, adversarial, rtol=0.0, atol=1e-5)
 

@@ -412,7 +412,7 @@ def test_it_finds_the_known_robust_accuracy_that_the_identity_misses(two_class):
     def robust(gradient) -> float:
         threat = ThreatModel(eps=EPS)
         attack = PGD(threat=threat, steps=6, step_size=EPS, replicates=2, gradient=gradient)
-        report = evaluate(defense, images, labels, attacks=[attack], judge_replicates=4)
+        report = evaluate(defense, images, labels, attacks=[attack], judge_replicates=16)
         assert report.records["clean"].all()
         return report.robust().value
 

@@ -8,7 +8,7 @@ from ebm_defense import PurifiedClassifier, Purifier, UsageError
 from ebm_defense.attacks import ATTACKS, PGD, Proposal, ThreatModel, Transfer, make_attack
 from ebm_defense.attacks.catalogue import takes
 from ebm_defense.defense import as_defense
-from ebm_defense.eval import Judge, evaluate, judge_images
+from ebm_defense.eval import Judge, TwoStage, evaluate, judge_images
 from ebm_defense.noise import chain_keys, derive_seed
 
 THREAT = ThreatModel(eps=0.1)
@@ -33,14 +33,15 @@ class Graded(nn.Module):
 
 
 class Recorder(Purifier):
-    """Adds no noise and remembers the key of every chain."""
+    """Adds no noise and remembers the key and the image of every chain."""
 
     def __init__(self):
         super().__init__()
-        self.keys = []
+        self.keys, self.images = [], []
 
     def purify(self, images, noise):
         self.keys += noise.keys.tolist()
+        self.images += [image.numpy().tobytes() for image in images.detach()]
         return images + 0.0 * noise.normal(0, images)
 
 
@@ -191,10 +192,9 @@ def test_an_image_of_nan_pixels_never_breaks_the_defense():
 
 def test_no_chain_of_an_evaluation_is_ever_run_twice():
     recorder = Recorder()
-    defense = PurifiedClassifier(Brightness(), recorder)
+    defense = PurifiedClassifier(Brightness(), recorder, replicates=2)
     pgd = PGD(threat=THREAT, steps=3, step_size=0.05, replicates=2)
-    # The brightness has no gradient, so that every image stands and is looked at to the end;
-    # dark images of the bright class are natural errors, and verified.
+    # Candidates for one image are compared on the same noise; no image gets the same noise twice.
     images, labels = bright(0.7, 0.3, 0.52, 0.9), torch.ones(4, dtype=torch.long)
     evaluate(defense, images, labels, attacks=[Transfer(attack=pgd), pgd], judge_replicates=5)
     probe = set(chain_keys(0, "probe", [0], range(1)).flatten().tolist())
@@ -202,7 +202,8 @@ def test_no_chain_of_an_evaluation_is_ever_run_twice():
     flags = derive_seed(0, "flags")
     for purpose in ("replay", "first BPDA", "second BPDA"):
         probe |= set(chain_keys(flags, purpose, [0], range(2)).flatten().tolist())
-    drawn = [key for key in recorder.keys if key not in probe]
+    chains = zip(recorder.keys, recorder.images, strict=True)
+    drawn = [chain for chain in chains if chain[0] not in probe]
     assert len(drawn) > 100
     assert len(set(drawn)) == len(drawn)
 
@@ -245,7 +246,7 @@ BUDGETS = {"steps": 20, "replicates": 1, "restarts": 2, "targets": 1}
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_a_random_error_of_one_pass_in_five_costs_no_robust_accuracy(name):
+def test_a_random_error_of_one_pass_in_five_costs_hardly_any_robust_accuracy(name):
     images = bright(*torch.linspace(0.6, 0.95, 40).tolist())
     labels = torch.ones(40, dtype=torch.long)
     defense = PurifiedClassifier(Graded(), OftenInverted())
@@ -255,9 +256,8 @@ def test_a_random_error_of_one_pass_in_five_costs_no_robust_accuracy(name):
     attack = make_attack(name + own, threat=ThreatModel(eps=0.05), **budget)
     report = evaluate(defense, images, labels, attacks=[attack], judge_replicates=150)
     votes = report.records[f"0 {attack.name}: votes"]
-    assert report.robust().value == 1.0
-    # Images were under suspicion, and verified.
-    assert votes.notna().mean() > 0.1
+    # Of 16 replicates half or more are wrong with a chance of 0.7%, whatever the attack.
+    assert report.robust().value > 0.97
     assert abs(votes.mean() - 0.8) < 0.02
 
 
@@ -277,7 +277,7 @@ def test_random_errors_of_most_passes_are_held_against_the_defense():
 def test_finished_images_are_projected_and_judged():
     originals, labels = bright(0.55, 0.7, 0.3), torch.tensor([1, 1, 1])
     found = judge_images(Brightness(), originals, originals * 0.0, labels, threat=THREAT)
-    assert found.stands.tolist() == [False, True, False]
+    assert found.stands.tolist() == [0.0, 1.0, 0.0]
     torch.testing.assert_close(found.images, bright(0.45, 0.6, 0.2))
 
 
@@ -300,8 +300,8 @@ def test_a_random_model_of_any_origin_gets_all_the_draws():
         return Brightness()(x) + 0.1 * torch.randn((len(x), 2))
 
     dark, labels = bright(0.4, 0.3), torch.ones(2, dtype=torch.long)
-    judge_images(random_model, dark, dark, labels, threat=THREAT, replicates=30, screen=10)
-    assert sum(seen) >= 2 * (10 + 30)
+    judge_images(random_model, dark, dark, labels, threat=THREAT, replicates=30)
+    assert sum(seen) >= 2 * 30
 
 
 GOOD, ONES = bright(0.6, 0.7), torch.ones(2, dtype=torch.long)
@@ -321,7 +321,7 @@ GOOD, ONES = bright(0.6, 0.7), torch.ones(2, dtype=torch.long)
         pytest.param(GOOD, GOOD, -ONES, {}, id="negative labels"),
         pytest.param(GOOD, GOOD, ONES + 1, {}, id="labels beyond the classes"),
         pytest.param(GOOD, GOOD, ONES, {"replicates": 0}, id="no replicates"),
-        pytest.param(GOOD, GOOD, ONES, {"screen": 0}, id="no screen"),
+        pytest.param(GOOD, GOOD, ONES, {"rule": TwoStage()}, id="a rule for looks"),
     ],
 )
 def test_finished_images_that_cannot_be_judged_are_refused(originals, adversarial, labels, options):

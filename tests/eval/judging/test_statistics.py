@@ -153,7 +153,8 @@ def test_an_interval_over_seeds_covers_what_images_are_drawn_from():
     verdicts = generator.random((seeds, runs, images)) < chance
     found = [over_seeds(verdicts[:, i]) for i in range(runs)]
     covered = sum(s.low <= 0.6 <= s.high for s in found)
-    assert 0.94 * runs < covered < 0.97 * runs
+    # Wilson's at the mean, for seeds whose mean varies less than a coin: it covers more.
+    assert covered > 0.95 * runs
 
 
 def test_seeds_that_agree_are_worth_one():
@@ -229,7 +230,7 @@ def test_the_bootstrap_repeats_with_its_seed_and_leaves_the_global_generator_alo
 
 @pytest.mark.parametrize(
     ("first", "second", "word"),
-    [([1, 0], [1], "same images"), ([], [], "same images"), ([0.5], [1], "0 or 1")],
+    [([1, 0], [1], "same images"), ([], [], "same images"), ([1.5], [1], r"\[0, 1\]")],
 )
 def test_verdicts_that_cannot_be_paired_are_refused(first, second, word):
     with pytest.raises(UsageError, match=word):

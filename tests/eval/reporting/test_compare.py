@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from ebm_defense import UsageError
 from ebm_defense.attacks import PGD, Full, Smoothed, ThreatModel
-from ebm_defense.eval import Flag, Protocol, Report, Sequential, compare
-from ebm_defense.eval.judging.paired import mcnemar, unpaired
+from ebm_defense.eval import Flag, Protocol, Report, Sequential, TwoStage, compare
+from ebm_defense.eval.judging.paired import unpaired
+from ebm_defense.eval.judging.statistics import paired_p_value as mcnemar
 from ebm_defense.eval.reporting.plots import FIGURES, draw_figures
 
 COUNT = 40
@@ -46,7 +47,13 @@ def made(name: str, clean: int, robust: int, *, eps=0.1, steps=10, chain=50, dat
             "defense": {"replicates": 16, "purifier": purifier | {"precision": "fp32"}},
             "data": {"sha256": data, "images": COUNT},
         },
-        protocol=Protocol(name="quick", attacks=(attack,), judge_replicates=8),
+        protocol=Protocol(
+            name="quick",
+            attacks=(attack,),
+            judge_replicates=8,
+            verdict=TwoStage(),
+            looks="every",
+        ),
         records=pd.DataFrame(records),
         adversarial={column: torch.zeros(COUNT, 1, 4, 4)},
         originals=torch.zeros(COUNT, 1, 4, 4),

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from ebm_defense.attacks import PGD, ThreatModel
-from ebm_defense.eval import Flag, Protocol, Report
+from ebm_defense.eval import Flag, Protocol, Report, TwoStage
 from ebm_defense.eval.reporting.html import confident_breaks, report_page
 from ebm_defense.eval.reporting.page import png
 from ebm_defense.eval.reporting.pictures import draw_strip
@@ -40,7 +40,13 @@ def report() -> Report:
             "defense": {"purifier": {"kind": "GaussianNoise", "std": 0.25}},
             "data": {"sha256": "ab<c>"},
         },
-        protocol=Protocol(name="quick", attacks=(attack,), judge_replicates=8),
+        protocol=Protocol(
+            name="quick",
+            attacks=(attack,),
+            judge_replicates=8,
+            verdict=TwoStage(),
+            looks="every",
+        ),
         records=pd.DataFrame(
             {
                 "image": range(6),

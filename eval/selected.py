@@ -1,0 +1,197 @@
+"""Evaluations that select, then judge: what the judge draws decides nothing of what is judged."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ebm_defense.attacks.base import Attack, attack_replicates
+from ebm_defense.attacks.session import refuse_nan
+from ebm_defense.defense import PurifiedClassifier
+from ebm_defense.eval.job import WORST_OF_ALL, Columns, Job, Meter, Part, attack_column
+from ebm_defense.eval.judging.definitions import definition_columns
+from ebm_defense.eval.judging.judge import Judgement, draw_logits, judge_once
+from ebm_defense.eval.judging.rules import predicted_draws
+from ebm_defense.eval.judging.selection import Chosen, Proposals, Selection, worst_place
+from ebm_defense.noise import derive_seed
+
+LAST = Selection(candidates=1, leave=0.0)
+"""Selects what an attack returns in the end."""
+
+
+class Found(NamedTuple):
+    """What an attack, and those before it, left to be judged of a part's images.
+
+    Attributes:
+        images: `[b, C, H, W]`.
+        left: which of them an attack left early, as surely broken, bool `[b]`.
+    """
+
+    images: Tensor
+    left: Tensor
+
+
+def planned_steps(job: Job) -> int:
+    """Return the chain-steps of one image that no attack leaves early, tests not counted."""
+    defense, protocol = job.defense, job.protocol
+    selection, several = protocol.selection or LAST, len(protocol.attacks) > 1
+    views = sum(len(attack_replicates(a.replicates, defense)) for a in protocol.attacks)
+    judge = len(attack_replicates(protocol.judge_replicates, defense))
+    judged = judge * (1 + len(protocol.attacks) + several)
+    common = len(protocol.attacks) * selection.draws * several if defense.stochastic else 0
+    return (judged + views + common) * defense.purifier.chain_steps + sum(
+        attack.chain_steps(defense) + selection.chain_steps(defense, attack)
+        for attack in protocol.attacks
+    )
+
+
+def run_selected(job: Job, part: Part, meter: Meter) -> tuple[Columns, dict[str, Tensor]]:
+    """Evaluate some images, every attack on all of them; return columns and images.
+
+    In an ensemble an attack spares the images that one before it surely broke, and keeps theirs.
+    """
+    columns: Columns = {}
+    if job.bare is not None:
+        meter.enter("undefended")
+        columns |= _undefended(job, job.bare, part, meter)
+    meter.enter("clean")
+    columns |= _clean(job, part, meter)
+    found: list[Found] = []
+    nothing = Found(part.images, torch.zeros(len(part.labels), dtype=torch.bool))
+    for number, attack in enumerate(job.protocol.attacks):
+        meter.enter(attack.name)
+        before = found[-1] if found and job.protocol.ensemble else nothing
+        one, new = _attack(job, number, attack, part, before, meter)
+        found.append(one)
+        columns |= new
+    if len(found) > 1:
+        meter.enter(WORST_OF_ALL)
+        columns |= _worst_of_all(job, part, found, meter)
+    attacks = enumerate(job.protocol.attacks)
+    names = [attack_column(number, attack) for number, attack in attacks]
+    return columns, {name: one.images for name, one in zip(names, found, strict=True)}
+
+
+def _undefended(job: Job, bare: PurifiedClassifier, part: Part, meter: Meter) -> Columns:
+    with torch.no_grad():
+        right = bare.classify(part.images).argmax(-1) == part.labels
+    attack = job.protocol.attacks[-1].direct
+    chosen = _choose(job, bare, attack, part, "undefended", meter)
+    found = _judge(job, bare, part._replace(images=chosen.images), "undefended", meter)
+    return {
+        "undefended_clean": right.int().tolist(),
+        "undefended_attacked": found.stands.tolist(),
+    }
+
+
+def _clean(job: Job, part: Part, meter: Meter) -> Columns:
+    found = _judge(job, job.defense, part, "clean", meter)
+    return {"clean": found.stands.tolist(), **_columns(job, "clean", part, found)}
+
+
+def _attack(
+    job: Job, number: int, attack: Attack, part: Part, before: Found, meter: Meter
+) -> tuple[Found, Columns]:
+    """Attack the images that no attack before it left as broken, choose, and judge."""
+    name = attack_column(number, attack)
+    going = (~before.left).nonzero().flatten()
+    some = Part(part.images[going], part.labels[going], [part.ids[i] for i in going.tolist()])
+    chosen = _choose(job, job.defense, attack, some, name, meter)
+    images, left = before.images.clone(), before.left.clone()
+    images[going], left[going] = chosen.images, chosen.left
+    attacked = part._replace(images=images)
+    judged = _judge(job, job.defense, attacked, name, meter)
+    columns: Columns = {
+        f"{name}: stands": judged.stands.tolist(),
+        **_columns(job, name, part, judged),
+        **_spread(name, chosen, going, len(part.labels)),
+        **_view(job, name, attack, attacked, meter),
+        f"{name}: left": left.int().tolist(),
+        f"{name}: size": attack.threat.size(images, part.images).tolist(),
+    }
+    return Found(images, left), columns
+
+
+def _choose(
+    job: Job,
+    defense: PurifiedClassifier,
+    attack: Attack,
+    part: Part,
+    name: str,
+    meter: Meter,
+) -> Chosen:
+    """Run an attack, and choose from what it proposes."""
+    proposals = Proposals(
+        defense,
+        attack,
+        part.images,
+        part.labels,
+        ids=part.ids,
+        selection=job.protocol.selection or LAST,
+        stream=job.stream(f"attack {name}", 0, meter),
+    )
+    seed = derive_seed(job.seed, f"attack {name}")
+    returned = attack.run(
+        defense, part.images, part.labels, ids=part.ids, seed=seed, judge=proposals
+    )
+    return proposals.choose(returned)
+
+
+def _judge(job: Job, defense: PurifiedClassifier, part: Part, name: str, meter: Meter) -> Judgement:
+    stream = job.stream(f"judge {name}", job.protocol.judge_replicates, meter)
+    return judge_once(defense, part.images, part.labels, part.ids, stream, job.protocol.verdict)
+
+
+def _columns(job: Job, name: str, part: Part, found: Judgement) -> Columns:
+    """Return what records keep of one judgement."""
+    predicted = predicted_draws(job.defense)
+    defined = definition_columns(name, found.logits, part.labels, job.defense.combine, predicted)
+    judged: Columns = {
+        f"{name}: votes": found.votes.tolist(),
+        f"{name}: verified on": found.draws.tolist(),
+        f"{name}: undecided": found.undecided.int().tolist(),
+    }
+    return judged | defined
+
+
+def _spread(name: str, chosen: Chosen, going: Tensor, count: int) -> Columns:
+    """Return what records keep of an attack; of images that it spared, nothing was seen."""
+    steps, blind = torch.full((count,), -1), torch.zeros(count, dtype=torch.int64)
+    steps[going], blind[going] = chosen.steps, chosen.blind
+    course = [""] * count
+    for i, seen in zip(going.tolist(), chosen.course, strict=True):
+        course[i] = seen
+    return {
+        f"{name}: chosen at": steps.tolist(),
+        f"{name}: blind": blind.tolist(),
+        f"{name}: course": course,
+    }
+
+
+def _view(job: Job, name: str, attack: Attack, part: Part, meter: Meter) -> Columns:
+    """Look at the chosen images as the attack does; a flag compares that with the judge's view."""
+    stream = job.stream(f"view {name}", attack.replicates, meter)
+    logits = draw_logits(job.defense, part.images, part.ids, stream)
+    refuse_nan(logits, part.ids)
+    right = (logits.argmax(-1) == part.labels).sum(0)
+    return {
+        f"{name}: attack right": right.tolist(),
+        f"{name}: attack draws": [len(logits)] * len(part.labels),
+    }
+
+
+def _worst_of_all(job: Job, part: Part, found: list[Found], meter: Meter) -> Columns:
+    """Choose the worst of the attacks' images, by draws common to all of them, and judge it."""
+    images, left = (torch.stack(values) for values in zip(*found, strict=True))
+    draws = (job.protocol.selection or Selection()).draws
+    stream = job.stream("select worst of all", draws, meter)
+    place = worst_place(job.defense, images, part.labels, part.ids, stream, left)
+    chosen = part._replace(images=images[place, torch.arange(len(place))])
+    judged = _judge(job, job.defense, chosen, WORST_OF_ALL, meter)
+    return {
+        f"{WORST_OF_ALL}: stands": judged.stands.tolist(),
+        f"{WORST_OF_ALL}: attack": place.tolist(),
+        **_columns(job, WORST_OF_ALL, part, judged),
+    }
