@@ -28,6 +28,7 @@ class Entry(NamedTuple):
 
 COMMANDS: dict[str, Entry] = {
     "evaluate": Entry("evaluate", "Evaluate", "attack a defense, judge it, print the table"),
+    "audit": Entry("audit", "AuditCommand", "ask whether a defense only hides its gradient"),
     "attacks": Entry("attacks", "Attacks", "list every attack by name, with its cost"),
     "rank-attacks": Entry("rank_attacks", "RankAttacks", "rank every attack on a defense"),
     "corruptions": Entry("corruptions", "Corruptions", "measure a defense on common corruptions"),
