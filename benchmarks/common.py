@@ -23,6 +23,8 @@ import tyro
 
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.judging.statistics import Share
+from ebm_defense.eval.reporting.renderers import RENDERERS
+from ebm_defense.eval.reporting.table import interval, percent, plain_table
 from ebm_defense.eval.storage.settings import environment
 from ebm_defense.files import writable_folder, write_text
 from ebm_defense.runtime.memory import keep_freed_memory
@@ -172,14 +174,13 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     for row in rows:
         shown.append(row)
         print(*row.values(), sep=" | ", flush=True)
-    text: str = pd.DataFrame(shown).to_markdown(index=False, disable_numparse=True)
-    return text
+    return RENDERERS["markdown"](plain_table(pd.DataFrame(shown))).rstrip("\n")
 
 
 def accuracy(found: Share, title: str = "robust %") -> dict[str, str]:
     """Return the columns of an accuracy: itself, its interval, and of how many images."""
     return {
-        title: f"{100 * found.value:.1f}",
-        "95% interval": f"{100 * found.low:.1f} to {100 * found.high:.1f}",
+        title: percent(found.value),
+        "95% interval": interval(found),
         "images": f"{found.total:,}",
     }

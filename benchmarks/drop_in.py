@@ -174,7 +174,7 @@ class DropIn(OnImages):
         images, labels = load_data(self.data, self.split, self.images)
         judged = defense(self, self.replicates)
         natural = judge(judged, images, images, labels, threat(self, "Linf"), self)
-        yield row("none", "", None, natural, 0.0)
+        yield row("clean", "", None, natural, 0.0)
         for name in names:
             yield attack(name, images, labels, judged, self)
 

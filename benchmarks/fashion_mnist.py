@@ -22,7 +22,9 @@ from ebm_defense import UsageError, load_data, load_defense
 from ebm_defense.attacks import PGD, ThreatModel, Transfer
 from ebm_defense.eval import Protocol, Report, evaluate, get_protocol
 from ebm_defense.eval.judging.statistics import paired
-from ebm_defense.eval.reporting.report import WORST_OF_ALL
+from ebm_defense.eval.reporting.renderers import RENDERERS
+from ebm_defense.eval.reporting.table import percent, plain_table
+from ebm_defense.eval.storage.columns import WORST_OF_ALL, stands_column
 
 EPS = 0.1
 CONTROL = "fashion-mnist-gaussian"
@@ -70,10 +72,11 @@ def against_control(reports: list[tuple[str, str, Report]]) -> str:
     for name, part, report in reports:
         if name == CONTROL or part not in controls:
             continue
-        for column in (c for c in report.records if c.endswith(": stands")):
-            found = paired(report.records[column], controls[part].records[column])
+        for number, attack in enumerate(report.protocol.attacks):
+            verdicts = stands_column(number, attack)
+            found = paired(report.records[verdicts], controls[part].records[verdicts])
             lines.append(
-                f"- {name} against {CONTROL}, {column.partition(' ')[2].partition(':')[0]}: "
+                f"- {name} against {CONTROL}, {attack.name}: "
                 f"{found.only_first} images stand only with it, {found.only_second} only with the "
                 f"control (exact McNemar p = {found.p_value:.2g})\n"
             )
@@ -87,17 +90,16 @@ def markdown(reports: list[tuple[str, str, Report]]) -> str:
         {
             "model": rows["model"],
             "attack": rows["attack"],
-            "accuracy %": [f"{100 * v:.1f}" for v in rows["accuracy"]],
+            "accuracy %": [percent(v) for v in rows["accuracy"]],
             "95% interval": [
-                f"{100 * a:.1f} to {100 * b:.1f}"
+                f"{percent(a)} to {percent(b)}"
                 for a, b in zip(rows["low"], rows["high"], strict=True)
             ],
             "images": rows["images"],
         }
     )
     captions = [f"- {name}, {part}: {report.caption()}" for name, part, report in reports]
-    table: str = shown.to_markdown(index=False, disable_numparse=True)
-    return table + "\n\n" + "\n".join(captions) + "\n"
+    return RENDERERS["markdown"](plain_table(shown, words=2)) + "\n" + "\n".join(captions) + "\n"
 
 
 @dataclass(frozen=True, kw_only=True)

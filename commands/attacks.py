@@ -9,10 +9,13 @@ from ebm_defense.attacks.catalogue import ATTACKS, FAMILIES, Entry, library_atta
 from ebm_defense.data import DATASETS
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
+from ebm_defense.eval.reporting.renderers import RENDERERS
+from ebm_defense.eval.reporting.table import Cell, Column, Table
 from ebm_defense.folders import find_folder, read_settings
 from ebm_defense.weights import load_defense
 
 UNKNOWN = "?"
+COLUMNS = (Column("name"), Column("chain-steps", "r"), Column("norms"), Column("what it is"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,24 +33,24 @@ class Attacks:
 
     def run(self) -> int:
         """Print the catalogue."""
-        defense = load_defense(self.defense, seed=0)
-        eps = _eps(self.defense)
-        print(f"{'name':<18} {'chain-steps':>12}  {'norms':<14} what it is")
-        for name, entry in ATTACKS.items():
-            cost = _cost(name, entry.norms[0], defense, eps)
-            print(_line(name, cost, " ".join(entry.norms), entry))
-        for family, entry in FAMILIES.items():
-            print(_line(f"{family}:NAME", UNKNOWN, " ".join(entry.norms), entry))
+        defense, eps = load_defense(self.defense, seed=0), _eps(self.defense)
+        own = [_row(name, _cost(name, e.norms[0], defense, eps), e) for name, e in ATTACKS.items()]
+        families = [_row(f"{family}:NAME", UNKNOWN, entry) for family, entry in FAMILIES.items()]
+        print(RENDERERS["text"](Table(columns=COLUMNS, rows=(*own, *families))))
         if self.libraries:
-            print("\nattacks of other libraries, with their chain-steps and norms:")
-            for name, norms in library_attacks():
-                print(f"{name:<60} {_cost(name, norms.split()[0], defense, eps):>12}  {norms}")
-        print(f"\nchain-steps an image on {self.defense}; settings in brackets: bpda(steps=20)")
+            found = (
+                (name, _cost(name, norms.split()[0], defense, eps), norms)
+                for name, norms in library_attacks()
+            )
+            rows = tuple(tuple(map(Cell, row)) for row in found)
+            print(RENDERERS["text"](Table(columns=COLUMNS[:3], rows=rows)))
+        print(f"chain-steps an image on {self.defense}; settings in brackets: bpda(steps=20)")
         return 0
 
 
-def _line(name: str, cost: str, norms: str, entry: Entry) -> str:
-    return f"{name:<18} {cost:>12}  {norms:<14} {entry.summary} ({entry.source})"
+def _row(name: str, cost: str, entry: Entry) -> tuple[Cell, ...]:
+    words = (name, cost, " ".join(entry.norms), f"{entry.summary} ({entry.source})")
+    return tuple(map(Cell, words))
 
 
 def _eps(defense: str) -> float:

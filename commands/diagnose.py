@@ -19,7 +19,7 @@ from ebm_defense.data import dataset, load_data
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.purification_curve import Point, purification_curve, recommend
-from ebm_defense.eval.reporting.diagnosis import draw_diagnosis
+from ebm_defense.eval.reporting.figures.diagnosis import draw_diagnosis
 from ebm_defense.files import load_tensors, writable_folder, write_text
 from ebm_defense.folders import ENERGY
 from ebm_defense.langevin import LangevinSettings

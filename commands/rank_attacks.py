@@ -20,6 +20,8 @@ from ebm_defense.data import dataset, load_data
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.ranking import Contest, Field, Outcome, compete, ranking
+from ebm_defense.eval.reporting.renderers import RENDERERS
+from ebm_defense.eval.reporting.table import plain_table
 from ebm_defense.files import writable_folder, write_text
 from ebm_defense.purifiers.registry import caption
 from ebm_defense.weights import load_defense
@@ -129,10 +131,10 @@ class RankAttacks:
         )
 
     def _keep(self, out: Path, found: list[Outcome], caption: str) -> None:
-        table = ranking(found)
-        text = f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{caption}\n"
+        table = plain_table(ranking(found), notes=(caption,))
+        text = RENDERERS["markdown"](table)
         write_text(out / "ranking.md", text)
-        write_text(out / "ranking.csv", table.to_csv(index=False))
+        write_text(out / "ranking.csv", RENDERERS["csv"](table))
         write_settings(out, self)
         print(f"\n{text}\nranking.md and ranking.csv are in {out}")
 

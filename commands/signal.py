@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
 from ebm_defense.attacks import CrossEntropy, make_gradient
 from ebm_defense.attacks.gradients.snr import Signal, eot_signal
 from ebm_defense.commands.options import Device, make_purifier, put_on, resolve_device
 from ebm_defense.data import load_data
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.eval.judging.check_model import check_model
+from ebm_defense.eval.reporting.renderers import RENDERERS
+from ebm_defense.eval.reporting.table import Cell, Column, Table
 from ebm_defense.weights import load_defense
 
 
@@ -72,7 +72,7 @@ class SignalCommand:
         )
         steps = gradient.chain_steps(defense)
         print(f"{gradient.name} gradient of {len(labels)} images, {steps} chain-steps a replicate")
-        print(table(rows))
+        print(table(rows), end="")
         return 0
 
     def _defense(self) -> PurifiedClassifier:
@@ -85,12 +85,14 @@ class SignalCommand:
 
 def table(rows: list[Signal]) -> str:
     """Return the rows as plain text, one a line."""
-    shown = pd.DataFrame(
-        {
-            "replicates": [row.replicates for row in rows],
-            "cosine": [f"{row.cosine:.3f}" for row in rows],
-            "lowest tenth": [f"{row.low:.3f}" for row in rows],
-            "signal-to-noise": [f"{row.ratio:.2f}" for row in rows],
-        }
+    head = ("replicates", "cosine", "lowest tenth", "signal-to-noise")
+    numbers = (
+        (f"{row.replicates}", f"{row.cosine:.3f}", f"{row.low:.3f}", f"{row.ratio:.2f}")
+        for row in rows
     )
-    return str(shown.to_string(index=False))
+    return RENDERERS["text"](
+        Table(
+            columns=tuple(Column(title, "r") for title in head),
+            rows=tuple(tuple(map(Cell, row)) for row in numbers),
+        )
+    )

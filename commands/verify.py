@@ -15,7 +15,8 @@ from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.load_run import load_run
 from ebm_defense.eval.reporting.report import Report
-from ebm_defense.eval.reverify import next_number, reverify
+from ebm_defense.eval.reporting.verification import next_number
+from ebm_defense.eval.reverify import reverify
 from ebm_defense.fingerprint import fingerprint
 from ebm_defense.runtime.packing import Packing
 from ebm_defense.weights import load_defense

@@ -11,9 +11,10 @@ from ebm_defense.eval.load_run import load_run
 from ebm_defense.eval.merge import merge
 from ebm_defense.eval.protocols.protocol import PROTOCOLS, Protocol, get_protocol, load_protocol
 from ebm_defense.eval.reporting.compare import Comparison, compare
-from ebm_defense.eval.reporting.flags import Flag
+from ebm_defense.eval.reporting.flags.evidence import Flag
 from ebm_defense.eval.reporting.report import Report
-from ebm_defense.eval.reverify import Verification, reverify
+from ebm_defense.eval.reporting.verification import Verification
+from ebm_defense.eval.reverify import reverify
 from ebm_defense.eval.workers import Workers
 
 __all__ = [

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import norm
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,102 +19,22 @@ from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.judging.check_model import check_model
 from ebm_defense.eval.judging.judge import Stream, draw_logits
-from ebm_defense.eval.judging.statistics import CONFIDENCE, share
-from ebm_defense.eval.reporting.captions import defense_caption
+from ebm_defense.eval.reporting.captions import corruptions_caption
+from ebm_defense.eval.reporting.corruption_report import CorruptionReport
 from ebm_defense.eval.storage.behaviour import behaviour
+from ebm_defense.eval.storage.columns import CLEAN
 from ebm_defense.eval.storage.run_folder import Done, MemoryStore, RunFolder
 from ebm_defense.eval.storage.settings import judge_settings
-from ebm_defense.files import write_text
 from ebm_defense.fingerprint import digest
 from ebm_defense.inputs import read_batch
 from ebm_defense.modes import evaluating
 from ebm_defense.numbers import whole
 from ebm_defense.outputs import logits_of
 
-CLEAN = "none"
 BATCH = 64
-TABLE, CELLS, RECORDS = "table.md", "cells.csv", "records.csv"
 
 Make = Callable[[str, int], Images]
 """(corruption, severity) → the corrupted images, always the same ones in the same order."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CorruptionReport:
-    """Accuracy under corruptions.
-
-    Attributes:
-        records: a row for each image, corruption and severity (0 where clean), with `defended` and
-            `undefended` 1 where it was classified correctly.
-        caption: what the numbers depend on.
-    """
-
-    records: pd.DataFrame
-    caption: str
-
-    def mean(self, model: str = "defended", corruption: str | None = None) -> tuple[float, ...]:
-        """Return the mean accuracy over severities (and corruptions), and its interval.
-
-        Images are the interval's unit, since an image's results go together.
-        """
-        chosen = self.records[self.records["corruption"] != CLEAN]
-        if corruption is not None:
-            chosen = self.records[self.records["corruption"] == corruption]
-        return mean_interval(chosen.groupby("image")[model].mean().to_numpy())
-
-    def cells(self) -> pd.DataFrame:
-        """Return a row for each corruption and severity, with Wilson intervals."""
-        groups = self.records.groupby(["corruption", "severity"], sort=False)
-        return pd.DataFrame([_cell(part) for _, part in groups])
-
-    def table(self) -> pd.DataFrame:
-        """Return a row for each corruption, over its severities, and one for their mean."""
-        names = list(dict.fromkeys(self.records["corruption"]))
-        rows = [self._row(name, name) for name in names]
-        return pd.DataFrame([*rows, self._row("mean", None)])
-
-    def to_markdown(self) -> str:
-        """Return the table and its caption as Markdown."""
-        table = self.table().to_markdown(index=False, disable_numparse=True)
-        return f"{table}\n\n{self.caption}\n"
-
-    def save(self, folder: Path) -> None:
-        """Write table.md, cells.csv and records.csv into a folder, each atomically."""
-        write_text(folder / RECORDS, self.records.to_csv(index=False))
-        write_text(folder / CELLS, self.cells().to_csv(index=False))
-        write_text(folder / TABLE, self.to_markdown())
-
-    def _row(self, title: str, corruption: str | None) -> dict[str, str]:
-        row = {"corruption": title}
-        for model in ("defended", "undefended"):
-            value, low, high = self.mean(model, corruption)
-            row[f"{model} %"] = f"{100 * value:.1f}"
-            row[f"{model} 95% interval"] = f"{100 * low:.1f} to {100 * high:.1f}"
-        return row
-
-
-def _cell(part: pd.DataFrame) -> dict[str, Any]:
-    first = part.iloc[0]
-    cell: dict[str, Any] = {"corruption": first["corruption"], "severity": first["severity"]}
-    cell["images"] = len(part)
-    for model in ("defended", "undefended"):
-        found = share(int(part[model].sum()), len(part))
-        cell |= {model: found.value, f"{model}_low": found.low, f"{model}_high": found.high}
-    return cell
-
-
-def mean_interval(values: np.ndarray[Any, Any]) -> tuple[float, float, float]:
-    """Return a mean of values in [0, 1] and its Wilson interval.
-
-    Of all variables in [0, 1] with one mean a coin varies most, so the interval of as many coins
-    (Wilson 1927) is on the safe side, and keeps its width where every value is 1.
-    """
-    mean, count = float(values.mean()), len(values)
-    z = float(norm.ppf(0.5 + CONFIDENCE / 2.0))
-    shrink = 1.0 + z**2 / count
-    centre = (mean + z**2 / (2 * count)) / shrink
-    half = z / shrink * math.sqrt(mean * (1.0 - mean) / count + z**2 / (4 * count**2))
-    return mean, max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def evaluate_corruptions(
@@ -189,7 +105,7 @@ def _report(
     settings: dict[str, Any],
 ) -> CorruptionReport:
     records = pd.concat(_kept(cells, measured, folder), ignore_index=True)
-    return CorruptionReport(records=records, caption=_caption(settings))
+    return CorruptionReport(records=records, caption=corruptions_caption(settings))
 
 
 def _maker(images: Tensor, labels: Tensor, seed: int) -> Make:
@@ -213,7 +129,7 @@ def _kept(
         if kept is None:
             kept = Done((measured(cell), {}), {})
             folder.save(number, kept)
-        parts.append(kept.shard[0].assign(corruption=cell[0]))  # a CSV's "none" is read as NaN
+        parts.append(kept.shard[0].assign(corruption=cell[0]))
     return parts
 
 
@@ -254,14 +170,3 @@ def _measure(
             )
         )
     return pd.concat(parts, ignore_index=True)
-
-
-def _caption(settings: dict[str, Any]) -> str:
-    count, grades = len(settings["corruptions"]), settings["severities"]
-    return (
-        f"Mean accuracy over {count} corruptions at severities {', '.join(map(str, grades))} "
-        f"(Hendrycks, Dietterich 2019), {settings['source']}. {settings['replicates']} fresh "
-        f"replicates, one stage. {defense_caption(settings['defense'])}. "
-        f"{settings['data']['images']} images, {CONFIDENCE:.0%} Wilson intervals over images, "
-        f"seed {settings['seed']}."
-    )

@@ -30,7 +30,7 @@ from ebm_defense.eval.protocols.protocol import (
     get_protocol,
     restore_protocol,
 )
-from ebm_defense.eval.reporting.flags import log_flags
+from ebm_defense.eval.reporting.flags.registry import log_flags
 from ebm_defense.eval.reporting.report import Report, report_of
 from ebm_defense.eval.runner import planned_steps, run
 from ebm_defense.eval.storage.behaviour import behaviour

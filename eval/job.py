@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -11,15 +10,10 @@ from typing import NamedTuple
 from torch import Tensor
 from tqdm import tqdm
 
-from ebm_defense.attacks.base import Attack
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.eval.judging.judge import Stream
 from ebm_defense.eval.protocols.protocol import Protocol
 from ebm_defense.eval.storage.run_folder import Costs
-
-Columns = dict[str, Sequence[object]]
-WORST_OF_ALL = "worst of all"
-"""What records and tables call the worst of all attacks, image by image."""
 
 
 @dataclass(kw_only=True)
@@ -112,8 +106,3 @@ class Part(NamedTuple):
     images: Tensor
     labels: Tensor
     ids: list[int]
-
-
-def attack_column(number: int, attack: Attack) -> str:
-    """Return the name under which records keep an attack."""
-    return f"{number} {attack.name}"

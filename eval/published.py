@@ -16,10 +16,22 @@ from ebm_defense.attacks.base import Attack, Proposal, attack_replicates, cost, 
 from ebm_defense.attacks.session import refuse_nan
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
-from ebm_defense.eval.job import Columns, Job, Meter, Part, attack_column
+from ebm_defense.eval.job import Job, Meter, Part
 from ebm_defense.eval.judging.definitions import definition_columns
 from ebm_defense.eval.judging.judge import Judge, Stream, Verdict, draw_logits, uncounted
 from ebm_defense.eval.judging.rules import predicted_draws
+from ebm_defense.eval.storage.columns import (
+    CLEAN,
+    CLEAN_VOTES,
+    NATURAL,
+    UNDEFENDED_ATTACKED,
+    UNDEFENDED_CLEAN,
+    Columns,
+    Kept,
+    attack_column,
+    column,
+    under,
+)
 from ebm_defense.noise import derive_seed
 
 
@@ -43,15 +55,15 @@ def run_published(job: Job, part: Part, meter: Meter) -> tuple[Columns, dict[str
     meter.enter("clean")
     columns |= _clean(job, part, meter)
     natural = _natural(job, part, meter)
-    columns["natural"] = natural.stands.int().tolist()
-    columns["natural: undecided"] = natural.undecided.int().tolist()
+    columns[NATURAL] = natural.stands.int().tolist()
+    columns[column(NATURAL, Kept.UNDECIDED)] = natural.undecided.int().tolist()
     before = natural
     for number, attack in enumerate(job.protocol.attacks):
         meter.enter(attack.name)
         name = attack_column(number, attack)
         verdict = _attack(job, name, attack, part, before, meter)
         size = attack.threat.size(verdict.images, part.images)
-        columns |= _verdict_columns(name, verdict) | {f"{name}: size": size.tolist()}
+        columns |= _verdict_columns(name, verdict) | {column(name, Kept.SIZE): size.tolist()}
         if not job.protocol.ensemble or number == len(job.protocol.attacks) - 1:
             columns |= _define(job, name, part._replace(images=verdict.images), meter)
         before = verdict if job.protocol.ensemble else natural
@@ -68,8 +80,8 @@ def _undefended(job: Job, bare: PurifiedClassifier, part: Part, meter: Meter) ->
     seed = derive_seed(job.seed, "undefended")
     attack.run(bare, part.images, part.labels, ids=part.ids, seed=seed, judge=judge)
     return {
-        "undefended_clean": right.int().tolist(),
-        "undefended_attacked": judge.verdict.stands.int().tolist(),
+        UNDEFENDED_CLEAN: right.int().tolist(),
+        UNDEFENDED_ATTACKED: judge.verdict.stands.int().tolist(),
     }
 
 
@@ -80,8 +92,8 @@ def _clean(job: Job, part: Part, meter: Meter) -> Columns:
     refuse_nan(logits, part.ids)
     right = job.defense.combine(logits).argmax(-1) == part.labels
     votes = (logits.argmax(-1) == part.labels).float().mean(0)
-    found: Columns = {"clean": right.int().tolist(), "clean_votes": votes.tolist()}
-    return found | _definitions(job, "clean", logits, part)
+    found: Columns = {CLEAN: right.int().tolist(), CLEAN_VOTES: votes.tolist()}
+    return found | _definitions(job, CLEAN, logits, part)
 
 
 def _define(job: Job, name: str, part: Part, meter: Meter) -> Columns:
@@ -178,13 +190,16 @@ def _judge(
 
 
 def _verdict_columns(name: str, verdict: Verdict) -> Columns:
-    return {
-        f"{name}: stands": verdict.stands.int().tolist(),
-        f"{name}: broken at": verdict.broken_at.tolist(),
-        f"{name}: votes": verdict.votes.tolist(),
-        f"{name}: verified on": verdict.draws.tolist(),
-        f"{name}: undecided": verdict.undecided.int().tolist(),
-        f"{name}: attack right": verdict.seen[0].tolist(),
-        f"{name}: attack draws": verdict.seen[1].tolist(),
-        f"{name}: blind": verdict.blind.tolist(),
-    }
+    return under(
+        name,
+        {
+            Kept.STANDS: verdict.stands.int().tolist(),
+            Kept.BROKEN_AT: verdict.broken_at.tolist(),
+            Kept.VOTES: verdict.votes.tolist(),
+            Kept.VERIFIED_ON: verdict.draws.tolist(),
+            Kept.UNDECIDED: verdict.undecided.int().tolist(),
+            Kept.ATTACK_RIGHT: verdict.seen[0].tolist(),
+            Kept.ATTACK_DRAWS: verdict.seen[1].tolist(),
+            Kept.BLIND: verdict.blind.tolist(),
+        },
+    )

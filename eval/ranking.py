@@ -17,12 +17,12 @@ from ebm_defense.attacks import ThreatModel, make_attack
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.evaluate import evaluate
-from ebm_defense.eval.job import WORST_OF_ALL, attack_column
 from ebm_defense.eval.judging.judge import Stream, judge_once
 from ebm_defense.eval.judging.rules import AsDeployed
 from ebm_defense.eval.judging.selection import Selection, worst_place
-from ebm_defense.eval.judging.statistics import Share, mean_share
-from ebm_defense.eval.reporting.report import stands_column
+from ebm_defense.eval.judging.statistics import mean_share
+from ebm_defense.eval.reporting.table import interval, percent
+from ebm_defense.eval.storage.columns import WORST_OF_ALL, attack_column, stands_column
 
 LOSSES, OPTIMISERS = ("ce", "dlr"), ("pgd", "apgd")
 ROUND = "bpda"
@@ -92,9 +92,9 @@ class Field:
         ]
 
 
-def called(part: str) -> str:
-    """Return a part's name as it stands within another's settings."""
-    return part if part.endswith(")") else f"{part}()"
+def called(gradient: str) -> str:
+    """Return a gradient's name as it stands within an attack's settings."""
+    return gradient if gradient.endswith(")") else f"{gradient}()"
 
 
 class Outcome(NamedTuple):
@@ -201,22 +201,14 @@ def ranking(outcomes: Sequence[Outcome]) -> pd.DataFrame:
 
 
 def _row(outcome: Outcome, around: pd.Series[Any], shared: int) -> dict[str, str]:
-    count, found = len(outcome.stands), _share(outcome.stands)
+    count, found = len(outcome.stands), mean_share(outcome.stands)
     return {
         "attack": outcome.attack,
-        f"robust % of the first {shared}": _percent(_share(outcome.stands[:shared])),
-        "robust %": _percent(found),
-        "95% interval": f"{100 * found.low:.1f} to {100 * found.high:.1f}",
+        f"robust % of the first {shared}": percent(outcome.stands[:shared].mean()),
+        "robust %": percent(found.value),
+        "95% interval": interval(found),
         "images": str(count),
-        "BPDA on these %": _percent(_share(around[:count])),
+        "BPDA on these %": percent(around[:count].mean()),
         "chain-steps an image": f"{outcome.chain_steps / count:,.0f}",
         "seconds an image": f"{outcome.seconds / count:.1f}",
     }
-
-
-def _share(stands: pd.Series[Any]) -> Share:
-    return mean_share(stands)
-
-
-def _percent(found: Share) -> str:
-    return f"{100 * found.value:.1f}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import partial
 
 import pandas as pd
@@ -11,12 +13,13 @@ import pandas as pd
 from ebm_defense.attacks.base import attack_replicates
 from ebm_defense.errors import UsageError
 from ebm_defense.eval import published, selected
-from ebm_defense.eval.job import Columns, Job, Meter, Part
+from ebm_defense.eval.job import Job, Meter, Part
 from ebm_defense.eval.judging.rules import AsDeployed
 from ebm_defense.eval.memory import chains_restored
 from ebm_defense.eval.protocols.protocol import SELECTED
+from ebm_defense.eval.storage.columns import IMAGE, LABEL, Columns
 from ebm_defense.eval.storage.run_folder import Done, MemoryStore, RunFolder, total
-from ebm_defense.eval.storage.settings import Shard, join
+from ebm_defense.eval.storage.settings import join
 from ebm_defense.eval.workers import ALONE, Workers
 
 SHARD = 32
@@ -41,21 +44,41 @@ def judged_once(job: Job) -> bool:
 
 
 def run(
-    job: Job, shelf: MemoryStore | RunFolder, workers: Workers = ALONE, show: bool | None = None
+    job: Job, store: MemoryStore | RunFolder, workers: Workers = ALONE, show: bool | None = None
 ) -> Done:
-    """Run this process's shards of a job, and return all that the shelf then holds.
+    """Run this process's shards of a job, and return all that the store then holds.
 
     Shards that are finished already are checked first, before any long work, and used.
     """
     starts = workers.in_folder(range(0, len(job.labels), SHARD))
     for start in starts:
-        shelf.load(start)
-    todo = [s for s in workers.of_rank(starts) if shelf.load(s) is None]
-    with chains_restored(job.defense):
-        _run_shards(job, todo, shelf, show if workers.leads else False)
-    shelf.wait(starts, workers)
-    finished = [done for start in starts if (done := shelf.load(start)) is not None]
+        store.load(start)
+    todo = [s for s in workers.of_rank(starts) if store.load(s) is None]
+    batches, left = _batches(job, todo), sum(len(_ids(job, start)) for start in todo)
+    meter = Meter(total=planned_steps(job) * left, show=show if workers.leads else False)
+    with chains_restored(job.defense), closing(meter):
+        for batch in batches:
+            every = list(itertools.chain.from_iterable(batch))
+            found = job.defense.packing.fitting(partial(run_shard, job, every, meter))
+            for ids, shard in zip(batch, split(found, list(map(len, batch))), strict=True):
+                store.save(ids[0], shard)
+                left -= len(ids)
+            meter.settle(planned_steps(job) * left)
+    store.wait(starts, workers)
+    finished = [done for start in starts if (done := store.load(start)) is not None]
     return gather(finished)
+
+
+def _ids(job: Job, start: int) -> list[int]:
+    """Return the numbers of a shard's images."""
+    return list(range(start, min(start + SHARD, len(job.labels))))
+
+
+def _batches(job: Job, starts: Sequence[int]) -> Iterator[list[list[int]]]:
+    """Yield the images of so many shards at a time as are run as one batch, shard by shard."""
+    shards = deque(_ids(job, start) for start in starts)
+    while shards:
+        yield [shards.popleft() for _ in range(min(shards_at_once(job), len(shards)))]
 
 
 def gather(finished: Sequence[Done]) -> Done:
@@ -69,24 +92,6 @@ def gather(finished: Sequence[Done]) -> Done:
     return Done(join([done.shard for done in finished]), total(done.costs for done in finished))
 
 
-def _run_shards(
-    job: Job, todo: Sequence[int], shelf: MemoryStore | RunFolder, show: bool | None
-) -> None:
-    each, fitting = planned_steps(job), job.defense.packing.fitting
-    parts = [range(start, min(start + SHARD, len(job.labels))) for start in todo]
-    meter = Meter(total=each * sum(map(len, parts)), show=show)
-    try:
-        while parts:
-            count = shards_at_once(job)
-            batch, parts = parts[:count], parts[count:]
-            done = fitting(partial(_counted, job, [i for ids in batch for i in ids], meter))
-            for ids, shard in zip(batch, split(done, [len(ids) for ids in batch]), strict=True):
-                shelf.save(ids.start, shard)
-            meter.settle(each * sum(map(len, parts)))
-    finally:
-        meter.close()
-
-
 def shards_at_once(job: Job) -> int:
     """Return how many shards are run as one batch: as many as fill the chains that run at a time.
 
@@ -98,11 +103,6 @@ def shards_at_once(job: Job) -> int:
     filling = job.defense.packing.aim(job.images.device) // chains
     safe = STEPS_AT_RISK // (SHARD * max(planned_steps(job), 1))
     return max(1, min(filling, safe))
-
-
-def _counted(job: Job, ids: Sequence[int], meter: Meter) -> Done:
-    meter.take()  # what a try that ran out of memory has cost is no cost of the shard
-    return Done(run_shard(job, ids, meter), meter.take())
 
 
 def split(done: Done, sizes: Sequence[int]) -> list[Done]:
@@ -126,10 +126,11 @@ def _cut(done: Done, rows: slice) -> Done:
     )
 
 
-def run_shard(job: Job, ids: Sequence[int], meter: Meter) -> Shard:
+def run_shard(job: Job, ids: Sequence[int], meter: Meter) -> Done:
     """Evaluate the images of `ids`: undefended, clean, then each attack in the protocol's order."""
+    meter.take()  # what a try that ran out of memory has cost is no cost of the images
     part = Part(job.images[list(ids)], job.labels[list(ids)], list(ids))
     run_part = selected.run_selected if judged_once(job) else published.run_published
     columns, adversarial = run_part(job, part, meter)
-    numbers: Columns = {"image": part.ids, "label": part.labels.tolist()}
-    return pd.DataFrame(numbers | columns), adversarial
+    numbers: Columns = {IMAGE: part.ids, LABEL: part.labels.tolist()}
+    return Done((pd.DataFrame(numbers | columns), adversarial), meter.take())

@@ -10,11 +10,22 @@ from torch import Tensor
 from ebm_defense.attacks.base import Attack, attack_replicates
 from ebm_defense.attacks.session import refuse_nan
 from ebm_defense.defense import PurifiedClassifier
-from ebm_defense.eval.job import WORST_OF_ALL, Columns, Job, Meter, Part, attack_column
+from ebm_defense.eval.job import Job, Meter, Part
 from ebm_defense.eval.judging.definitions import definition_columns
 from ebm_defense.eval.judging.judge import Judgement, draw_logits, judge_once
 from ebm_defense.eval.judging.rules import predicted_draws
 from ebm_defense.eval.judging.selection import Chosen, Proposals, Selection, worst_place
+from ebm_defense.eval.storage.columns import (
+    CLEAN,
+    UNDEFENDED_ATTACKED,
+    UNDEFENDED_CLEAN,
+    WORST_OF_ALL,
+    Columns,
+    Kept,
+    attack_column,
+    column,
+    under,
+)
 from ebm_defense.noise import derive_seed
 
 LAST = Selection(candidates=1, leave=0.0)
@@ -81,14 +92,14 @@ def _undefended(job: Job, bare: PurifiedClassifier, part: Part, meter: Meter) ->
     chosen = _choose(job, bare, attack, part, "undefended", meter)
     found = _judge(job, bare, part._replace(images=chosen.images), "undefended", meter)
     return {
-        "undefended_clean": right.int().tolist(),
-        "undefended_attacked": found.stands.tolist(),
+        UNDEFENDED_CLEAN: right.int().tolist(),
+        UNDEFENDED_ATTACKED: found.stands.tolist(),
     }
 
 
 def _clean(job: Job, part: Part, meter: Meter) -> Columns:
     found = _judge(job, job.defense, part, "clean", meter)
-    return {"clean": found.stands.tolist(), **_columns(job, "clean", part, found)}
+    return {CLEAN: found.stands.tolist(), **_columns(job, CLEAN, part, found)}
 
 
 def _attack(
@@ -104,12 +115,12 @@ def _attack(
     attacked = part._replace(images=images)
     judged = _judge(job, job.defense, attacked, name, meter)
     columns: Columns = {
-        f"{name}: stands": judged.stands.tolist(),
+        column(name, Kept.STANDS): judged.stands.tolist(),
         **_columns(job, name, part, judged),
         **_spread(name, chosen, going, len(part.labels)),
         **_view(job, name, attack, attacked, meter),
-        f"{name}: left": left.int().tolist(),
-        f"{name}: size": attack.threat.size(images, part.images).tolist(),
+        column(name, Kept.LEFT): left.int().tolist(),
+        column(name, Kept.SIZE): attack.threat.size(images, part.images).tolist(),
     }
     return Found(images, left), columns
 
@@ -148,11 +159,14 @@ def _columns(job: Job, name: str, part: Part, found: Judgement) -> Columns:
     """Return what records keep of one judgement."""
     predicted = predicted_draws(job.defense)
     defined = definition_columns(name, found.logits, part.labels, job.defense.combine, predicted)
-    judged: Columns = {
-        f"{name}: votes": found.votes.tolist(),
-        f"{name}: verified on": found.draws.tolist(),
-        f"{name}: undecided": found.undecided.int().tolist(),
-    }
+    judged: Columns = under(
+        name,
+        {
+            Kept.VOTES: found.votes.tolist(),
+            Kept.VERIFIED_ON: found.draws.tolist(),
+            Kept.UNDECIDED: found.undecided.int().tolist(),
+        },
+    )
     return judged | defined
 
 
@@ -163,11 +177,14 @@ def _spread(name: str, chosen: Chosen, going: Tensor, count: int) -> Columns:
     course = [""] * count
     for i, seen in zip(going.tolist(), chosen.course, strict=True):
         course[i] = seen
-    return {
-        f"{name}: chosen at": steps.tolist(),
-        f"{name}: blind": blind.tolist(),
-        f"{name}: course": course,
-    }
+    return under(
+        name,
+        {
+            Kept.CHOSEN_AT: steps.tolist(),
+            Kept.BLIND: blind.tolist(),
+            Kept.COURSE: course,
+        },
+    )
 
 
 def _view(job: Job, name: str, attack: Attack, part: Part, meter: Meter) -> Columns:
@@ -176,10 +193,13 @@ def _view(job: Job, name: str, attack: Attack, part: Part, meter: Meter) -> Colu
     logits = draw_logits(job.defense, part.images, part.ids, stream)
     refuse_nan(logits, part.ids)
     right = (logits.argmax(-1) == part.labels).sum(0)
-    return {
-        f"{name}: attack right": right.tolist(),
-        f"{name}: attack draws": [len(logits)] * len(part.labels),
-    }
+    return under(
+        name,
+        {
+            Kept.ATTACK_RIGHT: right.tolist(),
+            Kept.ATTACK_DRAWS: [len(logits)] * len(part.labels),
+        },
+    )
 
 
 def _worst_of_all(job: Job, part: Part, found: list[Found], meter: Meter) -> Columns:
@@ -191,7 +211,7 @@ def _worst_of_all(job: Job, part: Part, found: list[Found], meter: Meter) -> Col
     chosen = part._replace(images=images[place, torch.arange(len(place))])
     judged = _judge(job, job.defense, chosen, WORST_OF_ALL, meter)
     return {
-        f"{WORST_OF_ALL}: stands": judged.stands.tolist(),
-        f"{WORST_OF_ALL}: attack": place.tolist(),
+        column(WORST_OF_ALL, Kept.STANDS): judged.stands.tolist(),
+        column(WORST_OF_ALL, Kept.ATTACK): place.tolist(),
         **_columns(job, WORST_OF_ALL, part, judged),
     }

@@ -26,7 +26,7 @@ from ebm_defense.data import DATASETS, DataSet, Images
 from ebm_defense.data.sampling import in_memory
 from ebm_defense.defense import AVERAGES
 from ebm_defense.eval import PROTOCOLS, Protocol, load_run
-from ebm_defense.eval.reporting.flags import FLAGS
+from ebm_defense.eval.reporting.flags.registry import FLAGS
 from ebm_defense.noise import Noise
 from ebm_defense.purifiers.registry import PURIFIERS
 

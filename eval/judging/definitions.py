@@ -6,7 +6,7 @@ decided nothing of what is drawn, and each has its clean baseline beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pandas as pd
 from torch import Tensor
@@ -20,9 +20,9 @@ from ebm_defense.eval.judging.rules import (
     vote_counts,
 )
 from ebm_defense.eval.judging.statistics import Share, mean_share, worst_of
+from ebm_defense.eval.storage.columns import Columns, Kept, column, under
 
 WORST = 10
-Columns = dict[str, Sequence[object]]
 
 
 def definition_columns(
@@ -40,41 +40,46 @@ def definition_columns(
     counts = vote_counts(logits)
     failures = len(logits) - right_votes(counts, labels)
     by_mean = mean_logits(logits).argmax(-1) == labels
-    return {
-        f"{name}: as deployed": as_deployed(logits, labels, combine, predicted).tolist(),
-        f"{name}: draws": [len(logits)] * len(labels),
-        f"{name}: failures": failures.tolist(),
-        f"{name}: mean logits": by_mean.int().tolist(),
-        f"{name}: majority": has_majority(counts, labels).int().tolist(),
-    }
+    return under(
+        name,
+        {
+            Kept.AS_DEPLOYED: as_deployed(logits, labels, combine, predicted).tolist(),
+            Kept.DRAWS: [len(logits)] * len(labels),
+            Kept.FAILURES: failures.tolist(),
+            Kept.MEAN_LOGITS: by_mean.int().tolist(),
+            Kept.MAJORITY: has_majority(counts, labels).int().tolist(),
+        },
+    )
 
 
 def _as_deployed(records: pd.DataFrame, name: str, interval: str) -> Share | None:
     """The average of as many draws as the defense predicts by, in the mean over predictions."""
-    found = records.get(f"{name}: as deployed")
+    found = records.get(column(name, Kept.AS_DEPLOYED))
     # Old records have none, and fewer draws than a prediction takes give none.
     return None if found is None or found.isna().any() else mean_share(found, interval=interval)
 
 
 def _one_pass(records: pd.DataFrame, name: str, interval: str) -> Share:
     """One draw an image, in the mean over draws (AutoAttack, RobustBench, ART)."""
-    right = 1.0 - records[f"{name}: failures"] / records[f"{name}: draws"]
+    right = 1.0 - records[column(name, Kept.FAILURES)] / records[column(name, Kept.DRAWS)]
     return mean_share(right, interval=interval)
 
 
 def _mean_logits(records: pd.DataFrame, name: str, interval: str) -> Share:
     """The mean logits of all draws (Hill, Mitchell, Zhu 2021)."""
-    return mean_share(records[f"{name}: mean logits"], interval=interval)
+    return mean_share(records[column(name, Kept.MEAN_LOGITS)], interval=interval)
 
 
 def _majority(records: pd.DataFrame, name: str, interval: str) -> Share:
     """The class that most draws vote for; a tie is a failure."""
-    return mean_share(records[f"{name}: majority"], interval=interval)
+    return mean_share(records[column(name, Kept.MAJORITY)], interval=interval)
 
 
 def _worst(records: pd.DataFrame, name: str, interval: str) -> Share:
     """No failure among `WORST` draws, or among all if there are fewer; unbiased."""
-    pairs = zip(records[f"{name}: failures"], records[f"{name}: draws"], strict=True)
+    pairs = zip(
+        records[column(name, Kept.FAILURES)], records[column(name, Kept.DRAWS)], strict=True
+    )
     each = [worst_of(int(k), int(n), min(WORST, int(n))) for k, n in pairs]
     return mean_share(each, interval=interval)
 
@@ -115,10 +120,10 @@ def definition_table(
     rows = []
     for definition, by in DEFINITIONS.items():
         for name, called in names.items():
-            if f"{name}: draws" not in records:
+            if column(name, Kept.DRAWS) not in records:
                 continue
             if (found := by(records, name, interval)) is not None:
-                draws = int(records[f"{name}: draws"].max())
+                draws = int(records[column(name, Kept.DRAWS)].max())
                 rows.append(_row(label(definition, draws, predicted), called, found))
     return pd.DataFrame(rows)
 

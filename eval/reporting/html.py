@@ -6,11 +6,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ebm_defense.eval.job import attack_column
 from ebm_defense.eval.judging.statistics import Share
+from ebm_defense.eval.reporting.captions import attack_title
+from ebm_defense.eval.reporting.figures.drawing import (
+    draw_curve,
+    draw_legend,
+    inline_svg,
+    step_canvas,
+)
 from ebm_defense.eval.reporting.page import data_uri, png, render
-from ebm_defense.eval.reporting.plots import draw_curve, draw_legend, inline_svg, step_canvas
-from ebm_defense.eval.reporting.report import Report, attack_title
+from ebm_defense.eval.reporting.report import Report
+from ebm_defense.eval.reporting.table import interval, percent
+from ebm_defense.eval.storage.columns import CLEAN, IMAGE, LABEL, Kept, attack_column, column
 from ebm_defense.eval.storage.run_folder import ENVIRONMENT, read_toml
 
 BREAKS = 12
@@ -29,17 +36,14 @@ def report_page(report: Report, folder: Path | None = None, strip: bytes | None 
         UsageError: a file of the folder is damaged.
     """
     last = report.protocol.attacks[-1]
-    table = report.printable()
     return render(
         "report.html",
         name=report.name,
         protocol=report.protocol.name,
         attack=attack_title(last),
-        natural=_percent(report.share("clean")),
+        natural=_percent(report.share(CLEAN)),
         robust=_percent(report.robust()),
-        head=list(table.columns),
-        rows=table.to_numpy().tolist(),
-        caption=report.caption(),
+        table=report.to_html(),
         flags=report.flags,
         curve=_curve(report),
         seen=", by the attack's own replicates" if report.judged_once() else "",
@@ -56,10 +60,12 @@ def confident_breaks(report: Report, most: int = BREAKS) -> Iterator[dict[str, A
     Where predictions are counted, those that most of them had right before and most have wrong.
     """
     name = attack_column(len(report.protocol.attacks) - 1, report.protocol.attacks[-1])
-    found = report.records[(report.natural() > 0.5) & (report.records[f"{name}: stands"] < 0.5)]
-    at = "chosen at" if report.judged_once() else "broken at"
-    columns = ["image", "label", f"{name}: {at}", f"{name}: votes"]
-    ranked = found.sort_values(f"{name}: votes", kind="stable").head(most)
+    found = report.records[
+        (report.natural() > 0.5) & (report.records[column(name, Kept.STANDS)] < 0.5)
+    ]
+    step = column(name, Kept.CHOSEN_AT if report.judged_once() else Kept.BROKEN_AT)
+    columns = [IMAGE, LABEL, step, column(name, Kept.VOTES)]
+    ranked = found.sort_values(column(name, Kept.VOTES), kind="stable").head(most)
     for row, (image, label, step, votes) in zip(
         ranked.index, ranked[columns].to_numpy().tolist(), strict=True
     ):
@@ -79,7 +85,7 @@ def confident_breaks(report: Report, most: int = BREAKS) -> Iterator[dict[str, A
 
 
 def _percent(found: Share) -> str:
-    return f"{100 * found.value:.1f}% ({100 * found.low:.1f} to {100 * found.high:.1f})"
+    return f"{percent(found.value)}% ({interval(found)})"
 
 
 def _curve(report: Report) -> str | None:

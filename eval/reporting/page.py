@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ebm_defense.eval.reporting.pictures import pixels
+from ebm_defense.eval.reporting.figures.pictures import pixels
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -131,7 +131,14 @@ def test_corruptions_print_a_table_and_go_on(run, tiny_defense, tmp_path) -> Non
     few = ("--corruption", "fog", "--corruption", "snow", "--severity", 2, "--severity", 4)
     status, printed, err = run(*words, *few)
     assert status == 0, err
-    for word in ("| none", "| fog", "| snow", "| mean", "defended 95% interval", "severities 2, 4"):
+    for word in (
+        "| clean",
+        "| fog",
+        "| snow",
+        "| mean",
+        "defended 95% interval",
+        "severities 2, 4",
+    ):
         assert word in printed
     before = (tmp_path / "run" / "records.csv").read_bytes()
     assert len(pd.read_csv(tmp_path / "run" / "cells.csv")) == 1 + 4
@@ -153,7 +160,7 @@ def test_corruptions_are_read_from_files(run, tiny_defense, tmp_path) -> None:
     status, printed, err = run(*words, "--images", 6, "--out", tmp_path / "run")
     assert status == 0, err
     assert "| haze" in printed
-    assert "| none" not in printed
+    assert "| clean" not in printed
     assert "read from digits-c" in printed
     status, _, err = run(*words, "--corruption", "fog", "--out", tmp_path / "other")
     assert status == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -10,8 +9,9 @@ import torch
 from ebm_defense import PurifiedClassifier, UsageError
 from ebm_defense.data import Images
 from ebm_defense.eval import corruptions as module
-from ebm_defense.eval.corruptions import evaluate_corruptions, mean_interval
+from ebm_defense.eval.corruptions import evaluate_corruptions
 from ebm_defense.eval.judging.statistics import share
+from ebm_defense.eval.reporting.corruption_report import CorruptionReport
 from ebm_defense.purifiers.baselines import GaussianNoise
 
 FEW = {"corruptions": ["brightness", "fog"], "severities": (1, 5), "replicates": 2}
@@ -36,14 +36,14 @@ def bright(two_class):
 def test_each_cell_is_the_share_of_images_that_are_right(bright, images) -> None:
     labels = bright(images).argmax(1)
     report = evaluate_corruptions(bright, images, labels, **FEW)
-    assert report.mean("defended", "none")[0] == 1.0
+    assert report.mean("defended", "clean")[0] == 1.0
     by_hand = bright((images + 0.3).clamp(max=1.0)).argmax(1) == labels
     cells = report.cells().set_index(["corruption", "severity"])
     assert cells.loc[("brightness", 5), "defended"] == pytest.approx(float(by_hand.float().mean()))
     four = report.cells()["defended"][1:]
     assert report.mean()[0] == pytest.approx(four.mean())
     table = report.table()
-    assert table["corruption"].tolist() == ["none", "brightness", "fog", "mean"]
+    assert table["corruption"].tolist() == ["clean", "brightness", "fog", "mean"]
     assert "2 corruptions at severities 1, 5" in report.to_markdown()
 
 
@@ -83,14 +83,19 @@ def test_images_may_come_from_elsewhere(bright, images, labels) -> None:
         bright, images, labels, corruptions=["haze"], severities=(1, 2, 3, 4, 5), make=make
     )
     assert report.cells()["defended"].tolist() == [0, 0, 1, 1, 1]
-    assert "none" not in set(report.records["corruption"])
+    assert "clean" not in set(report.records["corruption"])
+
+
+def report_of(right: list[int]) -> CorruptionReport:
+    """Report these outcomes, an image each, under one corruption."""
+    records = {"corruption": "fog", "severity": 1, "image": range(len(right)), "defended": right}
+    return CorruptionReport(records=pd.DataFrame(records), caption="")
 
 
 def test_the_interval_of_a_mean_is_wilsons_and_never_empty() -> None:
-    values = np.array([1.0] * 7 + [0.0] * 3)
-    found, known = mean_interval(values), share(7, 10)
+    found, known = report_of([1] * 7 + [0] * 3).mean(), share(7, 10)
     assert found == pytest.approx((0.7, known.low, known.high))
-    mean, low, high = mean_interval(np.ones(20))
+    mean, low, high = report_of([1] * 20).mean()
     assert (mean, high) == (1.0, pytest.approx(1.0))
     assert low < 0.9
 

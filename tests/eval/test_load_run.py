@@ -185,7 +185,7 @@ def test_changes_are_counted_both_ways(kept, langevin_defense):
         return torch.nn.functional.one_hot(torch.full((len(x),), 2), 3).to(x)
 
     found = reverify(report, never, replicates=1)
-    row = found.table().set_index("attack").loc["none"]
+    row = found.table().set_index("attack").loc["clean"]
     labels = report.records["label"]
     clean = report.records["clean"].astype(bool)
     assert row["newly broken"] == (clean & (labels != 2)).sum()

@@ -13,6 +13,16 @@ from ebm_defense.commands.main import main
 from ebm_defense.eval import evaluate
 from ebm_defense.eval.load_run import load_run
 from ebm_defense.eval.reporting.compare import compare
+from ebm_defense.eval.storage.columns import (
+    CLEAN,
+    CLEAN_VOTES,
+    IMAGE,
+    LABEL,
+    NATURAL,
+    UNDEFENDED_ATTACKED,
+    UNDEFENDED_CLEAN,
+    Kept,
+)
 
 OLD = Path(__file__).parents[1] / "fixtures" / "old_runs"
 RUNS = ["quick", "hill2021"]
@@ -35,6 +45,15 @@ def test_an_old_run_is_read_with_the_numbers_that_it_stated(name: str) -> None:
 def test_an_old_run_is_verified(copied: Path, name: str) -> None:
     words = ["verify", str(copied / name), "--defense", str(OLD / "defense"), "--seed", "3"]
     assert main(words) == 0
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_old_runs_columns_are_those_that_are_named(name: str) -> None:
+    alone = {IMAGE, LABEL, CLEAN, CLEAN_VOTES, NATURAL, UNDEFENDED_CLEAN, UNDEFENDED_ATTACKED}
+    for found in set(load_run(OLD / name).records) - alone:
+        of, _, what = found.rpartition(": ")
+        assert what in set(Kept)
+        assert of in {CLEAN, NATURAL, "0 PGD-3", "1 APGD-CE-3"}
 
 
 def test_old_runs_are_compared() -> None:

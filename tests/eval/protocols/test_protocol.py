@@ -247,7 +247,7 @@ def test_a_published_ensemble_keeps_the_image_that_broke_the_defense():
     assert "0 PGD-4: draws" not in report.records
     majority = report.records["1 PGD-4: majority"]
     assert majority.tolist() == report.records["1 PGD-4: stands"].tolist()
-    assert set(report.definitions()["images of"]) == {"none", "worst of all"}
+    assert set(report.definitions()["images of"]) == {"clean", "worst of all"}
 
 
 class Wandering(PGD):
@@ -326,7 +326,7 @@ def test_a_perfect_classifier_with_random_errors_is_perfect_by_a_majority():
     # Over images that are all alike the bootstrap is narrow, and Wilson's interval conservative.
     by_images = dataclasses.replace(report, interval="bootstrap").definitions()
     rows = by_images.set_index(["images of", "definition"])
-    for column in ("none", "PGD-5 (BPDA+EOT)"):
+    for column in ("clean", "PGD-5 (BPDA+EOT)"):
         found = rows.loc[column]
         assert found.loc["mean logits of 150", "accuracy"] == 1.0
         assert found.loc["majority of 150", "accuracy"] == 1.0

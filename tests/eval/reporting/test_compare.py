@@ -19,7 +19,7 @@ from ebm_defense.attacks import PGD, Full, Smoothed, ThreatModel
 from ebm_defense.eval import Flag, Protocol, Report, Sequential, TwoStage, compare
 from ebm_defense.eval.judging.paired import unpaired
 from ebm_defense.eval.judging.statistics import paired_p_value as mcnemar
-from ebm_defense.eval.reporting.plots import FIGURES, draw_figures
+from ebm_defense.eval.reporting.figures.plots import FIGURES, draw_figures
 
 COUNT = 40
 

@@ -23,7 +23,9 @@ from ebm_defense.defense import as_defense
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
 from ebm_defense.eval import OneStage, Protocol, evaluate
 from ebm_defense.eval.judging.sanity_checks import curvature, run_sanity_checks
-from ebm_defense.eval.reporting.flags import FLAGS, Evidence, compare_views
+from ebm_defense.eval.reporting.flags.attacks import compare_views
+from ebm_defense.eval.reporting.flags.evidence import Evidence
+from ebm_defense.eval.reporting.flags.registry import FLAGS
 
 COUNT, SIZE, CLASSES = 32, 8, 10
 THREAT = ThreatModel(eps=0.1)

@@ -17,9 +17,9 @@ from PIL import Image
 
 from ebm_defense.attacks import PGD, ThreatModel
 from ebm_defense.eval import Flag, Protocol, Report, TwoStage
+from ebm_defense.eval.reporting.figures.pictures import draw_strip
 from ebm_defense.eval.reporting.html import confident_breaks, report_page
 from ebm_defense.eval.reporting.page import png
-from ebm_defense.eval.reporting.pictures import draw_strip
 
 NAME = "0 PGD-2"
 CHROMIUM = (

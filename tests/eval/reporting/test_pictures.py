@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ebm_defense import LangevinPurifier, PurifiedClassifier, QuadraticEnergy
-from ebm_defense.eval.reporting.pictures import draw_strip, film_strip, purification_rows
+from ebm_defense.eval.reporting.figures.pictures import draw_strip, film_strip, purification_rows
 from ebm_defense.purifiers.baselines import NoPurifier
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from torch import Tensor
 
 from ebm_defense.eval.purification_curve import Point
-from ebm_defense.eval.reporting.pictures import pixels
+from ebm_defense.eval.reporting.figures.pictures import pixels
 from ebm_defense.files import atomic
 from ebm_defense.learning.convergence import Chains, Convergence
 from ebm_defense.learning.diagnostics import autocorrelation

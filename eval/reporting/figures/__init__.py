@@ -1,0 +1,1 @@
+"""Figures of runs, and pictures of images on their way."""

@@ -1,0 +1,1 @@
+"""Signs that a number should not be believed."""
