@@ -50,13 +50,13 @@ class Shortlist:
         self._steps = torch.zeros((size - 1, count), dtype=torch.int64)
         self._last, self._last_margins = originals.clone(), torch.zeros(count)
         self._last_steps = torch.zeros(count, dtype=torch.int64)
-        self._heard = torch.zeros(count, dtype=torch.bool)
+        self._offered = torch.zeros(count, dtype=torch.bool)
 
     def offer(self, rows: Tensor, images: Tensor, margins: Tensor, step: int) -> None:
         """Keep images `[b, C, H, W]` of these `rows` where their `margins` `[b]` are low."""
         own = margins.cpu().float()
         self._last[rows], self._last_margins[rows], self._last_steps[rows] = images, own, step
-        self._heard[rows] = True
+        self._offered[rows] = True
         if len(self._margins):
             self._enter(rows, images, own, step)
 
@@ -73,7 +73,7 @@ class Shortlist:
     def candidates(self) -> Candidates:
         """Return what is kept, each image once, the last one proposed first."""
         images = torch.cat([self._last[None], self._best])
-        filled = torch.cat([self._heard[None], self._margins.isfinite()])
+        filled = torch.cat([self._offered[None], self._margins.isfinite()])
         for place in range(1, len(images)):
             twice = alike(images[:place], images[place][None]) & filled[:place]
             filled[place] &= ~twice.any(0)

@@ -112,7 +112,7 @@ def _definitions(job: Job, name: str, logits: Tensor, part: Part) -> Columns:
 def _natural(job: Job, part: Part, meter: Meter) -> Verdict:
     """Clean accuracy by the protocol's rule, as attacked images are judged."""
     looks = job.stream("natural look", job.protocol.attacks[-1].replicates, meter)
-    first = draw_logits(job.defense, part.images, part.ids, looks._replace(hear=uncounted))
+    first = draw_logits(job.defense, part.images, part.ids, looks._replace(notify=uncounted))
     judge = _judge(job, part, "natural", None, meter)
     judge(Proposal(0, torch.arange(len(part.labels)), part.images, first))
     return judge.verdict
@@ -128,41 +128,39 @@ def _attack(
     alive = before.stands.nonzero().flatten()
     left = Part(part.images[alive], part.labels[alive], [part.ids[i] for i in alive.tolist()])
 
-    def hear(proposal: Proposal) -> Tensor:
+    def ask(proposal: Proposal) -> Tensor:
         return judge(proposal._replace(rows=alive[proposal.rows]))
 
-    RUNS[job.protocol.looks](job, name, attack, left, hear, meter)
+    RUNS[job.protocol.looks](job, name, attack, left, ask, meter)
     stood = before.stands.view(-1, 1, 1, 1).to(part.images.device)
     found = judge.verdict
     return replace(found, images=torch.where(stood, found.images, before.images))
 
 
-def _run_every(
-    job: Job, name: str, attack: Attack, left: Part, hear: Heard, meter: Meter
-) -> Tensor:
+def _run_every(job: Job, name: str, attack: Attack, left: Part, ask: Ask, meter: Meter) -> Tensor:
     """Run an attack whose every look comes before the judge."""
     seed = derive_seed(job.seed, f"attack {name}")
-    return attack.run(job.defense, left.images, left.labels, ids=left.ids, seed=seed, judge=hear)
+    return attack.run(job.defense, left.images, left.labels, ids=left.ids, seed=seed, judge=ask)
 
 
-def _run_last(job: Job, name: str, attack: Attack, left: Part, hear: Heard, meter: Meter) -> Tensor:
+def _run_last(job: Job, name: str, attack: Attack, left: Part, ask: Ask, meter: Meter) -> Tensor:
     """Run an attack whose last images alone come before the judge, with a look of their own."""
     blind = torch.zeros(len(left.labels), dtype=torch.bool)
 
-    def unheard(proposal: Proposal) -> Tensor:
+    def let_go_on(proposal: Proposal) -> Tensor:
         if proposal.blind is not None:
             blind[proposal.rows.cpu()] |= proposal.blind.cpu()
         meter.count(cost(proposal, job.defense))
         return lenient(proposal)
 
-    x = _run_every(job, name, attack, left, unheard, meter)
+    x = _run_every(job, name, attack, left, let_go_on, meter)
     looks = Stream(job.seed, f"attack {name} last look", attack.replicates)
     logits = draw_logits(job.defense, x, left.ids, looks)
-    hear(Proposal(attack.looks - 1, torch.arange(len(x)), x, logits, blind))
+    ask(Proposal(attack.looks - 1, torch.arange(len(x)), x, logits, blind))
     return x
 
 
-Heard = Callable[[Proposal], Tensor]
+Ask = Callable[[Proposal], Tensor]
 RUNS = {"every": _run_every, "last": _run_last}
 """How attacks are run, by the protocol's `looks`."""
 

@@ -165,13 +165,13 @@ def _worst(
     shared, spent = min(map(len, found)), [0]
     images, ids = torch.stack([x[:shared] for x in found]), range(shared)
 
-    def hear(steps: int) -> None:
+    def count_steps(steps: int) -> None:
         spent[0] += steps
 
     begun, truth = time.perf_counter(), labels[:shared]
-    selecting = Stream(seed, "select worst of all", Selection().draws, hear)
+    selecting = Stream(seed, "select worst of all", Selection().draws, count_steps)
     place = worst_place(defense, images, truth, ids, selecting)
-    judging = Stream(seed, "judge worst of all", draws, hear)
+    judging = Stream(seed, "judge worst of all", draws, count_steps)
     chosen = images[place, torch.arange(shared)]
     judged = judge_once(defense, chosen, truth, ids, judging, AsDeployed())
     verdicts = pd.Series(judged.stands.tolist())

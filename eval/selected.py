@@ -14,7 +14,7 @@ from ebm_defense.eval.job import Job, Meter, Part
 from ebm_defense.eval.judging.definitions import definition_columns
 from ebm_defense.eval.judging.judge import Judgement, draw_logits, judge_once
 from ebm_defense.eval.judging.rules import predicted_draws
-from ebm_defense.eval.judging.selection import Chosen, Proposals, Selection, worst_place
+from ebm_defense.eval.judging.selection import Chosen, Selection, Selector, worst_place
 from ebm_defense.eval.storage.columns import (
     CLEAN,
     UNDEFENDED_ATTACKED,
@@ -134,7 +134,7 @@ def _choose(
     meter: Meter,
 ) -> Chosen:
     """Run an attack, and choose from what it proposes."""
-    proposals = Proposals(
+    selector = Selector(
         defense,
         attack,
         part.images,
@@ -145,9 +145,9 @@ def _choose(
     )
     seed = derive_seed(job.seed, f"attack {name}")
     returned = attack.run(
-        defense, part.images, part.labels, ids=part.ids, seed=seed, judge=proposals
+        defense, part.images, part.labels, ids=part.ids, seed=seed, judge=selector
     )
-    return proposals.choose(returned)
+    return selector.choose(returned)
 
 
 def _judge(job: Job, defense: PurifiedClassifier, part: Part, name: str, meter: Meter) -> Judgement:

@@ -26,9 +26,9 @@ from ebm_defense.attacks.optimisers.apgd_rules import (
     RULES,
     Rule,
     begin,
-    heed,
     refresh,
     reviews,
+    take_note,
 )
 from ebm_defense.attacks.optimisers.ascent import (
     attack_name,
@@ -135,7 +135,7 @@ class AutoPGD(SessionAttack):
             climb = rule.advance(climb, session.originals, self.threat, step)
             seen = self._query(session, climb.x, aim, last=step == self.steps)
             climb = climb.of(seen.stands)
-            climb = heed(climb, self._blend(seen, climb.gradient, step))
+            climb = take_note(climb, self._blend(seen, climb.gradient, step))
             if step in checks:
                 climb = rule.check(climb, session.originals, eps, checks[step])
             if step in again and not session.over:

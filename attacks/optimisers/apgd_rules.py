@@ -94,7 +94,7 @@ def begin(x: Tensor, seen: QueryResult, size: float) -> Climb:
     )
 
 
-def heed(climb: Climb, seen: QueryResult) -> Climb:
+def take_note(climb: Climb, seen: QueryResult) -> Climb:
     """Take note of what was seen at the iterate."""
     better = seen.loss > climb.best_loss
     wide = per_image(better)

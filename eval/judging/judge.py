@@ -24,11 +24,11 @@ from ebm_defense.numbers import whole
 
 STANDS = -1
 Count = Callable[[int], None]
-"""Hears how many chain-steps were just spent."""
+"""Is told how many chain-steps were just spent."""
 
 
 def uncounted(steps: int) -> None:
-    """Hear of chain-steps that are counted elsewhere, or by nobody."""
+    """Take no count: these chain-steps are counted elsewhere, or by nobody."""
 
 
 class Stream(NamedTuple):
@@ -39,7 +39,7 @@ class Stream(NamedTuple):
     seed: int
     purpose: str
     replicates: int
-    hear: Count = uncounted
+    notify: Count = uncounted
     first: int = 0
 
 
@@ -146,7 +146,7 @@ class Judge:
             given.
         seed: the run's seed.
         purpose: names the streams; two judges of different purposes draw independently.
-        count: hears of every chain-step spent.
+        count: is told of every chain-step spent.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class Judge:
 
     @property
     def verdict(self) -> Verdict:
-        """The verdict after everything heard so far."""
+        """The verdict after all that was proposed so far."""
         return Verdict(
             stands=self._stands.clone(),
             broken_at=self._broken_at.clone(),
@@ -281,7 +281,7 @@ def draw_logits(
     numbers = range(stream.first, stream.first + count)
     keys = chain_keys(stream.seed, stream.purpose, ids, numbers)
     logits = defense.verdict_logits(images, keys)
-    stream.hear(keys.numel() * defense.purifier.chain_steps)
+    stream.notify(keys.numel() * defense.purifier.chain_steps)
     return logits
 
 

@@ -106,17 +106,17 @@ class Chosen(NamedTuple):
     course: list[str]
 
 
-class Proposals:
-    """Hears one attack on some images, and chooses in the end.
+class Selector:
+    """Takes what one attack proposes of some images, and chooses in the end.
 
     Args:
         defense: what is attacked.
-        attack: what is heard.
+        attack: whose proposals they are.
         originals: `[n, C, H, W]`.
         labels: true classes `[n]`.
         ids: the images' own numbers.
         selection: how to choose.
-        stream: its seed, its name and its cost's listener are those of the draws here.
+        stream: its seed, its name and whom it notifies of costs are those of the draws here.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Proposals:
         self.originals, self.labels, self.ids = originals, labels, ids
         count = len(labels)
         self._shortlist = Shortlist(originals, selection.candidates)
-        self._heard, self._blind, self._tests, self._next = torch.zeros(
+        self._proposed, self._blind, self._tests, self._next = torch.zeros(
             (4, count), dtype=torch.int64
         )
         self._left = torch.zeros(count, dtype=torch.bool)
@@ -142,8 +142,8 @@ class Proposals:
         self._right: list[Tensor] = []
 
     def __call__(self, proposal: Proposal) -> Tensor:
-        """Hear a proposal, and return which of its images the attack goes on with."""
-        self.stream.hear(cost(proposal, self.defense))
+        """Take a proposal, and return which of its images the attack goes on with."""
+        self.stream.notify(cost(proposal, self.defense))
         rows = proposal.rows.cpu()
         images = self._admit(proposal.images, rows)
         refuse_nan(proposal.logits, self._ids(rows))
@@ -163,12 +163,12 @@ class Proposals:
         return [self.ids[i] for i in rows.tolist()]
 
     def _note(self, proposal: Proposal, rows: Tensor, right: Tensor) -> None:
-        self._heard[rows] += 1
+        self._proposed[rows] += 1
         if proposal.blind is not None:
             self._blind[rows] += proposal.blind.cpu()
-        look = torch.zeros(len(self.labels), dtype=torch.bool)
-        look[rows] = right
-        self._right.append(look)
+        everywhere = torch.zeros(len(self.labels), dtype=torch.bool)
+        everywhere[rows] = right
+        self._right.append(everywhere)
 
     def _leave(self, images: Tensor, rows: Tensor, logits: Tensor) -> Tensor:
         """Return which images are surely broken, by fresh draws where the defense is random."""
@@ -176,7 +176,7 @@ class Proposals:
         if not self.defense.stochastic:
             return wrong & bool(self.selection.leave)
         left = torch.zeros(len(rows), dtype=torch.bool)
-        due = wrong & (self._heard[rows] >= self._next[rows])
+        due = wrong & (self._proposed[rows] >= self._next[rows])
         for test in sorted(set(self._tests[rows[due]].tolist())) if self.selection.leave else []:
             some = (due & (self._tests[rows] == test)).nonzero().flatten()
             left[some] = self._surely_broken(images[some], rows[some], test + 1, len(logits))
@@ -184,7 +184,7 @@ class Proposals:
 
     def _surely_broken(self, images: Tensor, rows: Tensor, test: int, replicates: int) -> Tensor:
         draws = draws_to_leave(self.selection.leave, test, predicted_draws(self.defense))
-        worth = draws < (self.attack.looks - self._heard[rows]) * replicates
+        worth = draws < (self.attack.looks - self._proposed[rows]) * replicates
         found = torch.zeros(len(rows), dtype=torch.bool)
         if worth.any():
             some = rows[worth]
@@ -195,7 +195,7 @@ class Proposals:
             ).cpu()
             self._tests[some] += 1
             # A test that fails is not made again before as much again was done.
-            self._next[some] = 2 * self._heard[some]
+            self._next[some] = 2 * self._proposed[some]
         return found
 
     def _draw(self, images: Tensor, rows: Tensor, purpose: str, draws: int) -> Tensor:
@@ -213,7 +213,7 @@ class Proposals:
                 asked for, or where nothing was proposed.
         """
         alone = self.selection.candidates == 1
-        lacking = ((self._heard == 0) | alone).nonzero().flatten()
+        lacking = ((self._proposed == 0) | alone).nonzero().flatten()
         if len(lacking):
             images = self._admit(returned[lacking], lacking)
             last = self.attack.looks - 1
