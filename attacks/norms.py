@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ebm_defense.errors import UsageError
-from ebm_defense.noise import KeyedNoise
+from ebm_defense.noise import LACKS_64_BITS, KeyedNoise
 
 _TINY = 1e-12
 SPARSE_SHARE = 0.01
@@ -78,6 +78,11 @@ def _l1_size(delta: Tensor) -> Tensor:
     return delta.flatten(1).abs().sum(1)
 
 
+def exact_dtype(x: Tensor) -> torch.dtype:
+    """Return the precision in which x is projected: float64, where its device has it."""
+    return torch.float32 if x.device.type in LACKS_64_BITS else torch.float64
+
+
 def _l1_project(delta: Tensor, eps: float, low: Bound, high: Bound) -> Tensor:
     """Project onto the L1 ball within a box, exactly (Croce and Hein 2021, proposition 2.1).
 
@@ -85,9 +90,9 @@ def _l1_project(delta: Tensor, eps: float, low: Bound, high: Bound) -> Tensor:
     falls piecewise linearly in λ, with kinks where a pixel leaves its cap and where it reaches 0.
     """
     # Thousands of pixels are summed, and the sum has to meet eps up to float32's rounding.
-    size = delta.double().flatten(1).abs()
+    size = delta.to(exact_dtype(delta)).flatten(1).abs()
     side = torch.where(delta > 0, torch.as_tensor(high), -torch.as_tensor(low))
-    cap = side.to(delta).double().flatten(1)
+    cap = side.to(delta).to(size.dtype).flatten(1)
     kept = (size - _shrinkage(size, cap, eps)[:, None]).clamp_min(0.0).minimum(cap)
     return delta.sign() * kept.view_as(delta).to(delta)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ebm_defense.attacks.norms import NORMS, Bound, norm_name, per_image
+from ebm_defense.attacks.norms import NORMS, Bound, exact_dtype, norm_name, per_image
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import KeyedNoise, working_dtype
 from ebm_defense.numbers import plain_numbers
@@ -61,7 +61,7 @@ class ThreatModel:
         """
         self._refuse_beyond(max(origin[:1].numel(), 1))
         if self.bits is not None:
-            x = origin.to(_exact(origin))
+            x = origin.to(exact_dtype(origin))
             rounding = max(_OFF_LATTICE, torch.finfo(origin.dtype).eps)
             if bool(((x - self._lattice(x)).abs() > rounding).any()):
                 raise UsageError(
@@ -77,7 +77,7 @@ class ThreatModel:
         nearest number, or towards the original where that one is beyond eps. Gradients go through
         the rounding as they are.
         """
-        o = self._lattice(origin.to(_exact(origin)))
+        o = self._lattice(origin.to(exact_dtype(origin)))
         delta = NORMS[self.norm].project(x.to(o) - o, self.eps, -o, 1.0 - o)
         exact = (o + delta).clamp(0.0, 1.0)
         rounded = self._rounded(exact.detach(), o.detach(), origin.dtype)
@@ -93,7 +93,7 @@ class ThreatModel:
 
     def size(self, x: Tensor, origin: Tensor) -> Tensor:
         """Return ‖x − origin‖ `[b]`, without rounding in between."""
-        return NORMS[self.norm].size(x.to(_exact(x)) - origin.to(_exact(origin)))
+        return NORMS[self.norm].size(x.to(exact_dtype(x)) - origin.to(exact_dtype(origin)))
 
     def step(self, x: Tensor, origin: Tensor, gradient: Tensor, step_size: Bound) -> Tensor:
         """Move x by `step_size`, one number or `[b, 1, 1, 1]`, where the gradient rises fastest,
@@ -148,11 +148,6 @@ class ThreatModel:
                 f"eps {self.eps:g} in {self.norm} allows any image, since pixels lie in [0, 1] and "
                 f"no two images are further apart than {most:.4g}; did you mean {self.eps:g}/255?"
             )
-
-
-def _exact(x: Tensor) -> torch.dtype:
-    """Return the precision in which x is projected."""
-    return torch.float32 if x.device.type == "mps" else torch.float64  # which has no float64
 
 
 def _next_towards(x: Tensor, origin: Tensor) -> Tensor:

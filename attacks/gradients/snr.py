@@ -73,7 +73,7 @@ def eot_signal(
     def estimate(count: int, half: str) -> Tensor:
         keys = chain_keys(seed, f"signal {count} {half}", range(len(images)), range(count))
         found = gradient(defense, images, labels, keys, loss).gradient
-        return found.flatten(1).double()
+        return found.flatten(1).cpu().double()
 
     return [
         compare(count, estimate(count, "first"), estimate(count, "second")) for count in replicates

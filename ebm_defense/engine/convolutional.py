@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ebm_defense.energies.conv import ConvEnergy, SoftLeakyReLU
+from ebm_defense.engine import triton_kernels
 from ebm_defense.engine.base import Energy
 from ebm_defense.engine.derivatives import repeatable, tf32
 from ebm_defense.engine.fused import Map, convolution
@@ -57,9 +58,12 @@ class SoftActivation:
         self.a, self.e = (1.0 - activation.slope) / 2.0, activation.width
         self.square, self.one = like.new_full((), self.e**2), like.new_ones(())
         self.signature = ("soft_lrelu", self.a, self.e)
+        self.fuses = triton_kernels.works(like.device)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the activation of `z` and its slope there."""
+        if self.fuses:
+            return triton_kernels.soft_leaky_(z, self.a, self.e)
         r = torch.addcmul(self.square, z, z).sqrt_()
         slope = (z / r).lerp_(self.one, 1.0 - self.a)
         return r.sub_(self.e).lerp_(z, 1.0 - self.a), slope
@@ -139,7 +143,7 @@ def hidden_layers(energy: ConvEnergy) -> Iterator[tuple[nn.Conv2d, nn.Module, in
 
 def input_gradient(conv: Convolution, weight: Tensor) -> Map:
     """Return the map of a convolution's output gradient to its input gradient."""
-    blocks = best_blocks(conv)
+    blocks = best_blocks(conv, weight.device.type)
     if blocks is None:
         return _library_gradient(conv, weight.contiguous(memory_format=torch.channels_last))
     example = weight.new_empty(1, conv.fan_out, conv.out, conv.out)

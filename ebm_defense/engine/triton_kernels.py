@@ -1,4 +1,5 @@
-"""Fused element-wise kernels for NVIDIA GPUs: bias and LeakyReLU, and the update with its noise.
+"""Fused element-wise kernels for GPUs: LeakyReLU with its bias, the smooth one with its slope, and
+the update with its noise.
 
 Written in Triton, which comes with CUDA builds of torch. They save reading and writing maps between
 kernels that do one operation each; without Triton, or where a kernel fails, torch's own are used.
@@ -41,6 +42,17 @@ if triton is not None:
         tl.store(z + at, value.to(z.dtype.element_ty), mask=inside)
 
     @triton.jit
+    def _soft_leaky(z, slope, count, a, e, block: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+        inside = at < count
+        value = tl.load(z + at, mask=inside).to(tl.float32)
+        r = tl.sqrt(value * value + e * e)
+        bent = (1.0 - a) * value + a * (r - e)
+        tl.store(z + at, bent.to(z.dtype.element_ty), mask=inside)
+        tilt = (1.0 - a) + a * (value / r)
+        tl.store(slope + at, tilt.to(slope.dtype.element_ty), mask=inside)
+
+    @triton.jit
     def _mix(z):
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB
@@ -69,7 +81,7 @@ if triton is not None:
 
 @cache
 def works(device: torch.device) -> bool:
-    """Whether both kernels run on a device and agree with torch's own operations, tried once."""
+    """Whether all kernels run on a device and agree with torch's own operations, tried once."""
     if triton is None or device.type != "cuda" or not trusted(device, "Triton"):
         return False
     try:
@@ -83,7 +95,7 @@ def works(device: torch.device) -> bool:
 
 
 def agrees_with_torch(device: torch.device) -> bool:
-    """Run both kernels on a few numbers and compare them with what they replace."""
+    """Run all kernels on a few numbers and compare them with what they replace."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(2, 4, 3, 5, generator=generator).to(device)
     z = z.contiguous(memory_format=torch.channels_last)
@@ -94,7 +106,14 @@ def agrees_with_torch(device: torch.device) -> bool:
     moved = x - 0.5 * slope + 0.1 * noise.normal(9, x)
     move_(x, slope, noise.keys, torch.tensor([7], device=device), 2, 0.5, 0.1)
     same = torch.allclose(bias_leaky_(z, bias, 0.05), bent, atol=1e-6)
-    return same and torch.allclose(x, moved, atol=1e-5)
+    return same and _soft_agrees(z) and torch.allclose(x, moved, atol=1e-5)
+
+
+def _soft_agrees(z: Tensor, a: float = 0.475, e: float = 0.1) -> bool:
+    r = (z.double().square() + e * e).sqrt()
+    exact = (1 - a) * z.double() + a * (r - e), (1 - a) + a * z.double() / r
+    found = soft_leaky_(z.clone(), a, e)
+    return all(torch.allclose(f.double(), t, atol=1e-6) for f, t in zip(found, exact, strict=True))
 
 
 def fuses(x: Tensor) -> bool:
@@ -115,6 +134,22 @@ def bias_leaky_(z: Tensor, bias: Tensor, slope: float) -> Tensor:
         with _launching(z):
             _bias_leaky[(triton.cdiv(count, BLOCK),)](z, bias, count, channels, slope, block=BLOCK)
     return z
+
+
+def soft_leaky_(z: Tensor, a: float, e: float) -> tuple[Tensor, Tensor]:
+    """Return (1 − a)·z + a·(√(z² + e²) − e), in the memory of z, and its slope, each rounded once.
+
+    Args:
+        z: `[b, C, H, W]` in channels_last, whose numbers lie without gaps.
+        a: (1 − slope at −∞)/2.
+        e: half-width of the bend, above 0.
+    """
+    z = z.contiguous(memory_format=torch.channels_last)
+    slope, count = torch.empty_like(z), z.numel()
+    if count:
+        with _launching(z):
+            _soft_leaky[(triton.cdiv(count, BLOCK),)](z, slope, count, a, e, block=BLOCK)
+    return z, slope
 
 
 def move_(

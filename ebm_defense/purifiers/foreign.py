@@ -27,7 +27,9 @@ class ForeignPurifier(Purifier):
         return images  # it knows in which precision it runs
 
     def purify(self, images: Tensor, noise: Noise) -> Tensor:
-        with torch.random.fork_rng(), torch.no_grad():
+        # All GPUs' generators: the seed below is set on all of them.
+        forked = torch.random.fork_rng(range(torch.cuda.device_count()))
+        with forked, torch.no_grad():
             torch.manual_seed(_seed_from(noise, images))
             purified = self.transform(images.clone())
         if getattr(purified, "shape", None) != images.shape:

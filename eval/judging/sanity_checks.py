@@ -206,7 +206,7 @@ class _Inspector:
         estimate = self.gradient(self.defense, self.start, self.labels, keys, CrossEntropy())
         with torch.no_grad():
             plain = self.defense.replicate_logits(self.start, keys)
-        return estimate.gradient.flatten(1).double(), _gap(plain, estimate.logits)
+        return estimate.gradient.flatten(1).cpu().double(), _gap(plain, estimate.logits)
 
     def _unbounded(self) -> int:
         attack = PGD(

@@ -135,4 +135,4 @@ def _noise(x: Tensor) -> KeyedNoise:
 def _answer(ask: Ask, x: Tensor) -> Tensor:
     # A model may draw from the global generators, and should draw the same each time it is asked.
     with torch.no_grad(), forked_generators(0, x.device):
-        return ask(x.clone()).detach().double().cpu()
+        return ask(x.clone()).detach().cpu().double()

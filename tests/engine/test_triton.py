@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ebm_defense.energies.conv import SoftLeakyReLU
 from ebm_defense.engine import triton_kernels
 from ebm_defense.noise import KeyedNoise
 
@@ -37,6 +38,7 @@ def signatures(maps: str, big: bool) -> dict[str, dict[str, str]]:
         "_bias_leaky": {
             "z": maps, "bias": maps, "count": count, "channels": "i32", "slope": "fp32",
         },
+        "_soft_leaky": {"z": maps, "slope": maps, "count": count, "a": "fp32", "e": "fp32"},
         "_move": {
             "x": "*fp32", "gradient": maps, "keys": "*i64", "number": "*i64", "ahead": "i32",
             "size": "i32", "drift": "fp32", "step_size": "fp32",
@@ -82,7 +84,23 @@ def test_without_a_gpu_or_triton_the_kernels_are_not_used():
 
 
 @runs
-def test_both_kernels_agree_with_torch():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 7), (3, 16, 9, 9)])
+def test_the_fused_smooth_bend_and_its_slope_are_torchs(shape, dtype):
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    a, e = 0.475, 0.01
+    exact = z.double().requires_grad_()
+    value = SoftLeakyReLU(slope=1 - 2 * a, width=e)(exact)
+    (slope,) = torch.autograd.grad(value.sum(), exact)
+    given = z.clone().contiguous(memory_format=torch.channels_last)
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-7  # as above
+    for found, true in zip(triton_kernels.soft_leaky_(given, a, e), (value, slope), strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), true, rtol=tolerance, atol=1e-6)
+
+
+@runs
+def test_all_kernels_agree_with_torch():
     assert triton_kernels.agrees_with_torch(DEVICE)
 
 
