@@ -160,7 +160,7 @@ def run_chain(
     gradient = gradient or prepare(energy, x, precision, engine)
     steps, move = range(first, first + settings.steps), settings.move
     noise = drawn_at(x.device, noise, len(x))
-    start, state = x.detach(), State(x.detach().clone(), first)
+    start, state = x.detach(), State(_own(x), first)
     if trace is None and run_graphed(state.x, noise, steps, gradient, move):
         return state.x
     for take in moves(move, noise, steps, state.x):
@@ -196,6 +196,13 @@ def chain_states(
         first = stop
         found.append(x)
     return found
+
+
+def _own(x: Tensor) -> Tensor:
+    """Return a copy to write over; on a GPU in the layout in which graphs and kernels move it."""
+    if x.device.type == "cuda":
+        return x.detach().clone(memory_format=torch.contiguous_format)
+    return x.detach().clone()
 
 
 @dataclass(frozen=True, kw_only=True)

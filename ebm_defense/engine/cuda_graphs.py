@@ -45,6 +45,19 @@ class Kind(NamedTuple):
     gradient: Hashable
 
 
+class Pool:
+    """Memory that the captures of a device share, since never two of them run at once.
+
+    Attributes:
+        handle: torch's.
+        used: when the last replay in it ends; None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.handle: Any = torch.cuda.graph_pool_handle()
+        self.used: torch.cuda.Event | None = None
+
+
 class Captured:
     """Graphs of one step and of `SEGMENT` steps, over buffers of their own.
 
@@ -53,14 +66,14 @@ class Captured:
         noise: of them.
         gradient: ∇U, of which a copy is kept.
         mover: what moves the states.
-        pool: the memory that captures of a device share, since never two of them run at once.
+        pool: of its device.
 
     Raises:
         RuntimeError: the capture failed, or its replay is not the single steps.
     """
 
     def __init__(
-        self, x: Tensor, noise: KeyedNoise, gradient: EnergyGradient, mover: Mover, pool: Any
+        self, x: Tensor, noise: KeyedNoise, gradient: EnergyGradient, mover: Mover, pool: Pool
     ) -> None:
         self.x = x.clone(memory_format=torch.contiguous_format)
         self.keys = noise.keys.clone()
@@ -69,7 +82,6 @@ class Captured:
         self.gradient, self.mover, self.pool = copy.deepcopy(gradient), mover, pool
         # One of this device's: torch's own is made once a process, on whichever device was current.
         self.stream = torch.cuda.Stream(x.device)
-        self.used: torch.cuda.Event | None = None
         # The chain whose weights the buffers hold: it may come for a piece at a time.
         self.given = weakref.ref(gradient)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -82,8 +94,8 @@ class Captured:
         Raises:
             RuntimeError: the steps were not taken.
         """
-        if self.used is not None:
-            torch.cuda.current_stream(x.device).wait_event(self.used)
+        if self.pool.used is not None:  # on whichever stream
+            torch.cuda.current_stream(x.device).wait_event(self.pool.used)
         self._write(x, keys, steps.start)
         if self.given() is not gradient:
             for own, new in zip(self.gradient.reads, gradient.reads, strict=True):
@@ -106,7 +118,7 @@ class Captured:
             self.graphs[SEGMENT].replay()
         for _ in range(steps % SEGMENT):
             self.graphs[1].replay()
-        self.used = torch.cuda.current_stream(self.x.device).record_event()
+        self.pool.used = torch.cuda.current_stream(self.x.device).record_event()
 
     def _write(self, x: Tensor, keys: Tensor, first: int) -> None:
         self.x.copy_(x)
@@ -138,7 +150,7 @@ class Captured:
     def _graph(self, count: int) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(
-            graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            graph, pool=self.pool.handle, stream=self.stream, capture_error_mode="thread_local"
         ):
             self._take(count)
         return graph
@@ -152,12 +164,14 @@ class Captures:
         self.asked: Counter[Kind] = Counter()
         self.refused: set[Kind] = set()
         self.closed: set[torch.device] = set()
-        self.pools: dict[torch.device, Any] = {}
+        self.pools: dict[torch.device, Pool] = {}
         # Buffers are shared; a thread that finds them in use takes its steps singly.
         self.lock = threading.Lock()
 
     def clear(self) -> None:
         """Give all memory back, as where memory is full."""
+        for device in self.pools:
+            torch.cuda.synchronize(device)
         for captured in self.kept.values():
             captured.free()
         self.kept.clear()
@@ -180,7 +194,7 @@ class Captures:
         if self.asked[kind] < PAYS:
             return None
         self.refused.add(kind)  # until it has been made
-        pool = self.pools.setdefault(kind.device, torch.cuda.graph_pool_handle())
+        pool = self.pools.setdefault(kind.device, Pool())
         self.kept[kind] = Captured(x, noise, gradient, kind.mover, pool)  # type: ignore[arg-type]
         self.refused.discard(kind)
         self._bound()

@@ -24,7 +24,7 @@ from ebm_defense import __version__
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, SoftLeakyReLU
 from ebm_defense.energies.quadratic import QuadraticEnergy
 from ebm_defense.engine import prepare, prepare_product, triton_kernels
-from ebm_defense.engine.cuda_graphs import Captured
+from ebm_defense.engine.cuda_graphs import Captured, Pool
 from ebm_defense.engine.derivatives import hessian_product
 from ebm_defense.engine.trust import under_check
 from ebm_defense.langevin import LangevinSettings, run_chain
@@ -213,9 +213,8 @@ def _graphs(device: torch.device) -> float | None:
     keys = chain_keys(0, "self-check", range(8), range(1))[0].to(device)
     x, move = _states().to(device), LangevinSettings(step_size=0.05, temperature=0.0025).move
     with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
-        pool = torch.cuda.graph_pool_handle()
         gradient = prepare(_energy("leaky_relu").to(device), x, "fp32")
-        Captured(x, KeyedNoise(keys), gradient, move, pool).free()
+        Captured(x, KeyedNoise(keys), gradient, move, Pool()).free()
     return 0.0
 
 

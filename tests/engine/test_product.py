@@ -221,7 +221,7 @@ def test_the_way_back_is_the_same_with_the_engine_and_without(activation, gradie
         sizes.append(len(x))
         return hessian_product(energy, x, v)
 
-    monkeypatch.setattr("ebm_defense.purifiers.base.hessian_product", recorded)
+    monkeypatch.setattr("ebm_defense.purifiers.langevin.hessian_product", recorded)
     torch.testing.assert_close(pulled(gradient, energy), expected, rtol=0.0, atol=1e-5)
     # Only the question whether there are corners, of one image, is put to torch itself.
     assert all(size == 1 for size in sizes)

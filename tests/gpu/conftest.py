@@ -219,9 +219,12 @@ class Stream:
         self.number = GPU.current if device is None else number_of(device)
 
     def wait_stream(self, other) -> None: ...
-    def wait_event(self, event) -> None: ...
+    def wait_event(self, event) -> None:
+        GPU.waited.append(event)
+
     def record_event(self):
-        return object()
+        GPU.recorded = object()
+        return GPU.recorded
 
 
 @contextmanager
@@ -286,7 +289,9 @@ def gpus(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_graphs, "CAPTURES", cuda_graphs.Captures())
     monkeypatch.setattr(triton_kernels, "works", lambda device: False)
     monkeypatch.setattr(trust, "_failed", lambda device: frozenset())
-    GPU.__dict__.update(current=0, recording=None, replays=0, captures=0, peak=2**20, free=2**30)
+    GPU.__dict__.update(
+        current=0, recording=None, replays=0, captures=0, waited=[], peak=2**20, free=2**30
+    )
     overwritten = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     with Pretending():

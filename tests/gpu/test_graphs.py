@@ -241,6 +241,27 @@ def test_buffers_in_use_by_another_thread_are_left_alone(gpus, singly):
     assert gpus.captures == 0
 
 
+def test_captures_that_share_memory_wait_for_one_another(gpus):
+    chain(states(3), keyed(3), energy_of())
+    chain(states(4), keyed(4), energy_of())
+    last = gpus.recorded
+    gpus.waited.clear()
+    chain(states(3), keyed(3), energy_of())  # perhaps on another stream
+    assert gpus.waited == [last]
+
+
+def test_layouts_do_not_matter(gpus, singly):
+    wide = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1)).to("cuda")
+    shape = ConvEnergySettings(channels=2, image_size=8, width=2)
+    energy = ConvEnergy(shape).requires_grad_(False).to("cuda")
+    last = wide.contiguous(memory_format=torch.channels_last)
+    found = chain(last, keyed(3), energy)
+    assert found.is_contiguous()
+    assert torch.equal(found, singly(last, keyed(3), energy))
+    assert torch.equal(found, chain(wide, keyed(3), energy))
+    assert gpus.captures == 2
+
+
 def test_a_generators_noise_is_drawn_where_the_chain_is(gpus):
     def run(seed: int, steps=12):
         noise = GeneratorNoise(torch.Generator().manual_seed(seed))
