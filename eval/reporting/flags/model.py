@@ -6,12 +6,14 @@ from scipy.stats import binom
 
 from ebm_defense.attacks.base import Attack
 from ebm_defense.eval.reporting.flags.evidence import Evidence, Finding
-from ebm_defense.eval.storage.columns import Kept
+from ebm_defense.eval.storage.columns import CLEAN, LABEL, Kept
 
 SAME = 0.05
 """Difference of logits, in their standard deviations, that rounding may make."""
 LEAST_COSINE = 0.1
 UNLIKELY = 0.05
+EACH = 2
+"""Images a class that show how many classes there are."""
 
 
 def white_box(attack: Attack) -> bool:
@@ -31,6 +33,19 @@ def randomised(e: Evidence) -> Finding:
     """Find whether the model's output is random."""
     if e.sanity_checks.stochastic:
         yield "two passes of the same images differ", ()
+
+
+def other_classes(e: Evidence) -> Finding:
+    """Find whether labels are numbered otherwise than the model's outputs."""
+    labels, right = e.records[LABEL], e.records[CLEAN].mean()
+    seen, outputs = labels.nunique(), e.sanity_checks.classes
+    # So many images would show more classes if there were more; and most answers are wrong.
+    if len(labels) >= EACH * seen and seen < outputs and right < 0.5:
+        yield (
+            f"the model tells {outputs:,} classes apart, the labels name {seen} (up to "
+            f"{labels.max()}), and {right:.0%} of its answers are right",
+            (),
+        )
 
 
 def probabilities(e: Evidence) -> Finding:

@@ -19,6 +19,11 @@ FLAGS: dict[str, tuple[Callable[[Evidence], Finding], str]] = {
         model.probabilities,
         "Give the logits before the softmax; a loss on probabilities has vanishing gradients.",
     ),
+    "other classes": (
+        model.other_classes,
+        "Unless the images are of some classes on purpose, labels are numbered otherwise than "
+        "outputs: say which output each class is (--class-map, or the model's own numbers).",
+    ),
     "no gradient": (
         model.no_gradient,
         "The attack is blind there: replace what is not differentiable in the backward pass, or "

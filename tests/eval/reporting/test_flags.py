@@ -99,6 +99,32 @@ def test_zero_gradients_by_quantisation(images, labels):
     assert found["no gradient"].attacks == (0,)
 
 
+class Renumbered(nn.Module):
+    """A perfect classifier of 1,000 classes, of which the images' are these."""
+
+    def __init__(self, outputs) -> None:
+        super().__init__()
+        self.inner, self.outputs = Linear(), outputs
+
+    def forward(self, x):
+        logits = x.new_full((len(x), 1000), -1e3)
+        logits[:, self.outputs] = self.inner(x)[:, : len(self.outputs)]
+        return logits
+
+
+def test_labels_that_are_numbered_otherwise_than_outputs(images):
+    """Four classes of 1,000: by their place in a list of four a perfect model is mostly wrong."""
+    outputs = [0, 217, 482, 491]
+    place = Linear()(images)[:, :4].argmax(1)
+    weak = replace(STRONG, steps=1, replicates=1)
+    wrong = raised(Renumbered(outputs), images, place, weak, draws=1)
+    flag = wrong["other classes"]
+    assert "tells 1,000 classes apart, the labels name 4 (up to 3)" in flag.evidence
+    assert "--class-map" in flag.advice
+    right = raised(Renumbered(outputs), images, torch.tensor(outputs)[place], weak, draws=1)
+    assert "other classes" not in right
+
+
 def test_gradients_that_are_no_numbers(images, labels):
     model = Linear(lambda x: x + 0.0 * (x - x).sqrt())
     report = evaluate(model, images, labels, attacks=[STRONG], judge_replicates=4)
