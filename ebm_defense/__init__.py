@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ebm_defense.classifiers import normalized
-    from ebm_defense.data import load_data
+    from ebm_defense.data import FolderSettings, load_data
     from ebm_defense.defense import PurifiedClassifier
     from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
     from ebm_defense.energies.quadratic import QuadraticEnergy
     from ebm_defense.errors import UsageError
+    from ebm_defense.preprocessing import preprocessing_of
+    from ebm_defense.protect import protect
     from ebm_defense.purifiers.base import Purifier
     from ebm_defense.purifiers.langevin import LangevinPurifier
     from ebm_defense.weights import load_defense, load_energy, load_purifier
@@ -19,6 +21,7 @@ __version__ = "0.1.0"
 _HOME = {
     "ConvEnergy": "energies",
     "ConvEnergySettings": "energies",
+    "FolderSettings": "data",
     "LangevinPurifier": "purifiers",
     "PurifiedClassifier": "defense",
     "Purifier": "purifiers",
@@ -28,6 +31,8 @@ _HOME = {
     "load_defense": "weights",
     "load_energy": "weights",
     "load_purifier": "weights",
+    "preprocessing_of": "preprocessing",
+    "protect": "protect",
     "normalized": "classifiers",
 }
 """Which module each name comes from; it is imported when the name is first used."""
@@ -35,6 +40,7 @@ _HOME = {
 __all__ = [
     "ConvEnergy",
     "ConvEnergySettings",
+    "FolderSettings",
     "LangevinPurifier",
     "PurifiedClassifier",
     "Purifier",
@@ -45,6 +51,8 @@ __all__ = [
     "load_energy",
     "load_purifier",
     "normalized",
+    "preprocessing_of",
+    "protect",
 ]
 
 

@@ -1,8 +1,10 @@
-"""Small classifier networks, which take images `[N, C, H, W]` in [-1, 1]."""
+"""Classifier networks besides the published one; the small ones take images in [-1, 1]."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -118,13 +120,107 @@ class _Block(nn.Module):
         return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
-Network = WideResNet | ConvNet | ResNet
-NetworkSettings = WideResNetSettings | ConvNetSettings | ResNetSettings
+@dataclass(frozen=True, kw_only=True)
+class ZooWideResNetSettings:
+    """The shape of a `ZooWideResNet`; the defaults are RobustBench's WRN-28-10 for CIFAR-10.
+
+    Attributes:
+        channels: image channels C.
+        classes: how many.
+        depth: 6n + 4.
+        widen: how many times wider than a ResNet.
+        layout: tells its settings from a `WideResNet`'s.
+    """
+
+    channels: int = 3
+    classes: int = 10
+    depth: int = 28
+    widen: int = 10
+    layout: Literal["zoo"] = "zoo"
+
+    def __post_init__(self) -> None:
+        if self.depth < 10 or (self.depth - 4) % 6:
+            raise UsageError(f"a wide ResNet's depth is 6n + 4 with n ≥ 1, not {self.depth}.")
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor], name: str) -> ZooWideResNetSettings:
+        """Read the shape off a state_dict, which errors call `name`.
+
+        Raises:
+            UsageError: weights of another architecture.
+        """
+        try:
+            blocks = {key.split(".")[2] for key in state if key.startswith("block1.layer.")}
+            return cls(
+                channels=state["conv1.weight"].shape[1],
+                classes=state["fc.weight"].shape[0],
+                depth=6 * len(blocks) + 4,
+                widen=state["block1.layer.0.conv1.weight"].shape[0] // 16,
+            )
+        except (IndexError, KeyError) as error:
+            raise UsageError(
+                f"{name} lacks {error}: these are no weights of a model zoo's wide ResNet."
+            ) from error
+
+
+class ZooWideResNet(nn.Module):
+    """Wide ResNet (Zagoruyko, Komodakis 2016) with the layout of RobustBench's and TRADES' weights.
+
+    No biases before normalisation, the stride on a block's first convolution, and the activated x
+    into the shortcut of a block that changes shape. Most of that zoo's take images `[N, C, H, W]`
+    in [0, 1].
+    """
+
+    def __init__(self, settings: ZooWideResNetSettings | None = None) -> None:
+        super().__init__()
+        self.settings = s = settings or ZooWideResNetSettings()
+        blocks, width = (s.depth - 4) // 6, 16 * s.widen
+        self.conv1 = nn.Conv2d(s.channels, 16, 3, padding=1, bias=False)
+        self.block1 = _ZooStage(16, width, blocks, 1)
+        self.block2 = _ZooStage(width, 2 * width, blocks, 2)
+        self.block3 = _ZooStage(2 * width, 4 * width, blocks, 2)
+        self.bn1 = nn.BatchNorm2d(4 * width)
+        self.fc = nn.Linear(4 * width, s.classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.block3(self.block2(self.block1(self.conv1(x))))
+        return self.fc(F.relu(self.bn1(out)).mean(dim=(2, 3)))
+
+
+class _ZooStage(nn.Module):
+    def __init__(self, fan_in: int, width: int, blocks: int, stride: int) -> None:
+        super().__init__()
+        first = _ZooBlock(fan_in, width, stride)
+        self.layer = nn.Sequential(first, *[_ZooBlock(width, width, 1) for _ in range(blocks - 1)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class _ZooBlock(nn.Module):
+    def __init__(self, fan_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(fan_in)
+        self.conv1 = nn.Conv2d(fan_in, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        changes = fan_in != width
+        self.convShortcut = nn.Conv2d(fan_in, width, 1, stride, bias=False) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.bn1(x))
+        out = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        return out + (x if self.convShortcut is None else self.convShortcut(active))
+
+
+Network = WideResNet | ConvNet | ResNet | ZooWideResNet
+NetworkSettings = WideResNetSettings | ConvNetSettings | ResNetSettings | ZooWideResNetSettings
 
 NETWORKS: dict[type[NetworkSettings], type[Network]] = {
     WideResNetSettings: WideResNet,
     ConvNetSettings: ConvNet,
     ResNetSettings: ResNet,
+    ZooWideResNetSettings: ZooWideResNet,
 }
 """The networks that a defense folder may hold, by the kind of their settings."""
 

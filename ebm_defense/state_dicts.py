@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_defense.errors import UsageError
-from ebm_defense.files import load_plain, load_safetensors
+from ebm_defense.files import load_plain, load_safetensors, load_tensors
 
 State = Mapping[str, Tensor]
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -99,6 +99,25 @@ def load_into(module: nn.Module, content: Any, source: str, name: str | None = N
             f"{source}:{next(iter(fits))}."
         )
     module.load_state_dict(dict(next(iter(fits.values()))), strict=False)
+
+
+def unwrapped_state(path: Path) -> dict[str, Tensor]:
+    """Return the largest state_dict of a file without what wraps its keys, to read shapes off it.
+
+    Raises:
+        UsageError: a file that cannot be read, or without a state_dict.
+    """
+    file, name = _split(path)
+    content = load_tensors(file) if file.suffix == ".safetensors" else load_plain(file)
+    found = dict(_states(content))
+    if not found or name not in (None, *found):
+        raise UsageError(f"{path} holds no state_dict, a dict of names to tensors.")
+    largest = found[name] if name else max(found.values(), key=len)
+    state = _unwrapped(largest, {})
+    while len(heads := {key.split(".")[0] for key in state}) == 1 and state:
+        head = heads.pop() + "."
+        state = {key.removeprefix(head): value for key, value in state.items()}
+    return state
 
 
 def _explained(found: Mapping[str, State], reasons: Mapping[str, str]) -> str:

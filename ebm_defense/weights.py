@@ -27,11 +27,11 @@ from ebm_defense.folders import (
     save_defense,
     verify,
 )
-from ebm_defense.networks import make_network
+from ebm_defense.networks import ZooWideResNet, ZooWideResNetSettings, make_network
 from ebm_defense.purifiers.base import Purifier
 from ebm_defense.purifiers.langevin import LangevinPurifier
 from ebm_defense.purifiers.registry import PURIFIERS
-from ebm_defense.state_dicts import load_into, load_weights
+from ebm_defense.state_dicts import load_into, load_weights, unwrapped_state
 
 CHAIN_OPTIONS = ("steps", "precision")
 
@@ -136,11 +136,38 @@ def import_published_cifar10(ebm: Path, clf: Path, folder: str | Path) -> Path:
     Raises:
         UsageError: a file that is missing, damaged, or of other keys or shapes.
     """
-    energy, network = ConvEnergy(), WideResNet()
-    load_weights(energy, ebm)
+    network = WideResNet()
     load_weights(network, clf)
-    defense = PurifiedClassifier(
-        normalized(network, 0.5, 0.5), LangevinPurifier(energy), replicates=15
-    )
     description = "The published CIFAR-10 defense of Hill, Mitchell, Zhu (2021)."
+    return _with_published_energy(normalized(network, 0.5, 0.5), ebm, folder, description)
+
+
+def import_zoo_cifar10(
+    ebm: Path, clf: Path, folder: str | Path, *, mean: float = 0.0, std: float = 1.0
+) -> Path:
+    """Put the published energy before a wide ResNet of RobustBench's layout, in a defense folder.
+
+    Args:
+        ebm: the energy's state_dict of the published CIFAR-10 release (Hill, Mitchell, Zhu 2021).
+        clf: the classifier's weights, of any depth and width, however wrapped.
+        folder: where to write; then `load_defense(folder)`.
+        mean: of the images that the classifier wants, in [0, 1] units; most of that zoo's take
+            [0, 1] images as they are.
+        std: their standard deviation.
+
+    Raises:
+        UsageError: a file that is missing, damaged, or of other keys or shapes.
+    """
+    network = ZooWideResNet(ZooWideResNetSettings.of(unwrapped_state(clf), str(clf)))
+    load_weights(network, clf)
+    description = f"{clf.stem} behind the published CIFAR-10 energy of Hill, Mitchell, Zhu (2021)."
+    return _with_published_energy(normalized(network, mean, std), ebm, folder, description)
+
+
+def _with_published_energy(
+    classifier: nn.Module, ebm: Path, folder: str | Path, description: str
+) -> Path:
+    energy = ConvEnergy()
+    load_weights(energy, ebm)
+    defense = PurifiedClassifier(classifier, LangevinPurifier(energy), replicates=15)
     return save_defense(defense, folder, description=description, data="cifar10")

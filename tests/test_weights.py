@@ -10,6 +10,7 @@ import pytest
 import tomli_w
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ebm_defense.classifiers import WideResNet, WideResNetSettings, normalized
 from ebm_defense.defense import PurifiedClassifier
@@ -28,12 +29,14 @@ from ebm_defense.folders import (
     write_sums,
 )
 from ebm_defense.langevin import LangevinSettings
+from ebm_defense.networks import ZooWideResNet, ZooWideResNetSettings
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers.baselines import GaussianNoise
 from ebm_defense.purifiers.langevin import LangevinPurifier
 from ebm_defense.state_dicts import load_into
 from ebm_defense.weights import (
     import_published_cifar10,
+    import_zoo_cifar10,
     load_defense,
     load_energy,
     load_purifier,
@@ -481,4 +484,66 @@ def test_published_files_in_each_others_place_are_refused(published, tmp_path):
 def test_a_published_file_that_is_absent_is_named(tmp_path):
     with pytest.raises(UsageError, match="does not exist") as error:
         import_published_cifar10(tmp_path / "ebm.pth", tmp_path / "clf.pth", tmp_path / "d")
+    assert_one_sentence(error, "ebm.pth")
+
+
+# A model zoo's classifier
+
+
+def zoo_weights(depth=10, widen=1) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    state = ZooWideResNet(ZooWideResNetSettings(depth=depth, widen=widen)).state_dict()
+    randomise_norms(state)
+    return state
+
+
+def plain_zoo_logits(state, x: torch.Tensor) -> torch.Tensor:
+    """Zagoruyko and Komodakis' network by its definition, from the weights alone."""
+
+    def norm(x, name):
+        mean, var = state[f"{name}.running_mean"], state[f"{name}.running_var"]
+        return F.batch_norm(x, mean, var, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    x = F.conv2d(x, state["conv1.weight"], padding=1)
+    for block in ("block1.layer.0", "block2.layer.0", "block3.layer.0"):
+        stride = 1 if "block1" in block else 2
+        active = F.relu(norm(x, f"{block}.bn1"))
+        out = F.conv2d(active, state[f"{block}.conv1.weight"], stride=stride, padding=1)
+        out = F.conv2d(F.relu(norm(out, f"{block}.bn2")), state[f"{block}.conv2.weight"], padding=1)
+        short = state.get(f"{block}.convShortcut.weight")
+        x = out + (x if short is None else F.conv2d(active, short, stride=stride))
+    pooled = F.relu(norm(x, "bn1")).mean((2, 3))
+    return pooled @ state["fc.weight"].T + state["fc.bias"]
+
+
+@pytest.mark.parametrize("widen", [1, 2])
+def test_a_zoos_wide_resnet_is_the_network_of_its_definition(widen):
+    state, x = zoo_weights(widen=widen), torch.rand(2, 3, 32, 32)
+    network = ZooWideResNet(ZooWideResNetSettings.of(state, "w")).eval()
+    network.load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), plain_zoo_logits(state, x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_zoos_checkpoint_and_the_published_energy_become_a_defense(tmp_path):
+    torch.manual_seed(3)
+    torch.save(ConvEnergy().state_dict(), tmp_path / "ebm.pth")
+    wrapped = {f"module.{k}": v for k, v in zoo_weights().items()}
+    torch.save({"state_dict": wrapped, "epoch": 100}, tmp_path / "Standard.pt")
+    folder = import_zoo_cifar10(tmp_path / "ebm.pth", tmp_path / "Standard.pt", tmp_path / "d")
+    settings = read_settings(folder)
+    assert settings.classifier.network == ZooWideResNetSettings(depth=10, widen=1)
+    assert settings.data == "cifar10"
+    x = images(2, 3, 32)
+    loaded = load_defense(folder, steps=0, replicates=1)
+    with torch.no_grad():
+        expected = plain_zoo_logits(zoo_weights(), x)
+        torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-5)
+    assert load_defense(folder).purifier.chain_steps == 1500
+
+
+def test_what_is_no_zoos_wide_resnet_is_named(tmp_path):
+    torch.save(ConvEnergy().state_dict(), tmp_path / "ebm.pth")
+    with pytest.raises(UsageError, match="no weights of a model zoo's wide ResNet") as error:
+        import_zoo_cifar10(tmp_path / "ebm.pth", tmp_path / "ebm.pth", tmp_path / "d")
     assert_one_sentence(error, "ebm.pth")

@@ -151,8 +151,8 @@ def _resized(image: Image.Image, framing: Framing) -> Image.Image:
     short = framing.resize or framing.crop
     if short is None or min(image.size) == short:
         return image
-    share = short / min(image.size)
-    width, height = (max(short, round(side * share)) for side in image.size)
+    # The longer side is cut off, not rounded, as torchvision does it.
+    width, height = (int(short * side / min(image.size)) for side in image.size)
     return image.resize((width, height), Image.Resampling[framing.interpolation.upper()])
 
 

@@ -180,6 +180,17 @@ class Purifier(nn.Module):
             f"{type(self).__name__}'s."
         )
 
+    def tiled(self) -> Purifier:
+        """Return one for larger images than it knows, which works on tiles that overlap.
+
+        Raises:
+            UsageError: it has no energy that could be laid out in tiles.
+        """
+        raise UsageError(
+            f"only a chain on an energy can work on tiles, not a {type(self).__name__}; shrink the "
+            "images to its own size."
+        )
+
     def brief(self, images: Tensor) -> Purifier:
         """Return one that stops as soon as it can and looks nothing up first, to be tried out.
 

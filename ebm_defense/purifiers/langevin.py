@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ebm_defense.energies.tiled import Tiled
 from ebm_defense.engine import Energy, prepare_product
 from ebm_defense.engine.derivatives import hessian_product
 from ebm_defense.errors import UsageError
@@ -119,6 +120,14 @@ class LangevinPurifier(SteppedPurifier):
         chain = self.settings
         longer = chain.step_size * math.sqrt(chain.steps / steps)
         return LangevinPurifier(self.energy, steps, longer, chain.temperature, self.precision)
+
+    def tiled(self) -> LangevinPurifier:
+        """Return the chain on the energy's tiles (`Tiled`), in fp32 unless a precision is named."""
+        if self.image_shape is None or not isinstance(self.energy, nn.Module):
+            return self  # it takes images of any size as it is
+        chain, precision = self.settings, "fp32" if self.precision == "auto" else self.precision
+        tiles = Tiled(self.energy, self.image_shape[1])
+        return LangevinPurifier(tiles, chain.steps, chain.step_size, chain.temperature, precision)
 
     def brief(self, images: Tensor) -> LangevinPurifier:
         """Return the chain's first step, in the precision of the whole."""

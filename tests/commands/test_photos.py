@@ -12,7 +12,9 @@ from PIL import Image
 
 from ebm_defense.commands.factories import factory, make_module, scaled_classifier
 from ebm_defense.commands.photos import Photos, Wanted, wanted_by
+from ebm_defense.energies.conv import ConvEnergy
 from ebm_defense.errors import UsageError
+from ebm_defense.networks import ZooWideResNet, ZooWideResNetSettings
 from ebm_defense.purifiers.registry import baseline
 from ebm_defense.weights import load_defense
 
@@ -182,3 +184,23 @@ def test_evaluate_takes_a_scale_on_the_command_line(run, here) -> None:
         *("--purifier", "gaussian:0.1", "--data", "folder", "--data-root", root, *QUICK),
     )
     assert run(*words, "--out", "run")[0] == 0
+
+
+def test_a_zoos_checkpoint_is_imported_and_its_hours_told(run, tmp_path: Path) -> None:
+    """One import, one evaluate, and nothing to write."""
+    torch.manual_seed(0)
+    zoo = ZooWideResNet(ZooWideResNetSettings(depth=10, widen=1)).state_dict()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in zoo.items()}}, tmp_path / "zoo.pt")
+    torch.save(ConvEnergy().state_dict(), tmp_path / "ebm.pth")
+    files = ("--ebm", tmp_path / "ebm.pth", "--clf", tmp_path / "zoo.pt", "--out", tmp_path / "d")
+    status, printed, _ = run("checkpoints", "import", "robustbench", *files)
+    assert status == 0
+    assert f"--defense {tmp_path / 'd'} --data cifar10" in printed
+    root = tmp_path / "tree"  # CIFAR-10 itself is not here
+    for name in ("cat", "dog"):
+        (root / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(root / name / "0.png")
+    words = ("evaluate", "--defense", tmp_path / "d", "--data", "folder", "--data-root", root)
+    status, printed, _ = run(*words, "--images", 2, "--protocol", "hill2021", "--dry-run")
+    assert status == 0
+    assert " h at " in printed
