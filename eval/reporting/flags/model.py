@@ -6,7 +6,7 @@ from scipy.stats import binom
 
 from ebm_defense.attacks.base import Attack
 from ebm_defense.eval.reporting.flags.evidence import Evidence, Finding
-from ebm_defense.eval.storage.columns import CLEAN, LABEL, Kept
+from ebm_defense.eval.storage.columns import CLEAN, LABEL, NATURAL, Kept
 
 SAME = 0.05
 """Difference of logits, in their standard deviations, that rounding may make."""
@@ -37,7 +37,8 @@ def randomised(e: Evidence) -> Finding:
 
 def other_classes(e: Evidence) -> Finding:
     """Find whether labels are numbered otherwise than the model's outputs."""
-    labels, right = e.records[LABEL], e.records[CLEAN].mean()
+    verdicts = e.records[CLEAN if CLEAN in e.records else NATURAL]
+    labels, right = e.records[LABEL], float(verdicts.mean())
     seen, outputs = labels.nunique(), e.sanity_checks.classes
     # So many images would show more classes if there were more; and most answers are wrong.
     if len(labels) >= EACH * seen and seen < outputs and right < 0.5:
