@@ -21,7 +21,7 @@ from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.ranking import Contest, Field, Outcome, compete, ranking
 from ebm_defense.eval.reporting.renderers import RENDERERS
-from ebm_defense.eval.reporting.table import plain_table
+from ebm_defense.eval.reporting.table import percent, plain_table
 from ebm_defense.files import writable_folder, write_text
 from ebm_defense.purifiers.registry import caption
 from ebm_defense.weights import load_defense
@@ -89,7 +89,7 @@ class RankAttacks:
             threat=self._threat(), judge_replicates=self.judge_replicates, seed=self.seed, out=out,
         ):  # fmt: skip
             found.append(outcome)
-            left = f"{100 * outcome.stands.mean():.1f}% of {len(outcome.stands)} images stand"
+            left = f"{percent(outcome.stands.mean())}% of {len(outcome.stands)} images stand"
             print(f"{outcome.attack}: {left}, {outcome.seconds:.0f} s", flush=True)
         self._keep(out, found, self._caption(defense, images))
         return 0

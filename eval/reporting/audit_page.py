@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ebm_defense.eval.audit import DISTANCES, Audited, AuditSettings, Check
+from ebm_defense.eval.reporting.renderers import RENDERERS
+from ebm_defense.eval.reporting.table import Cell, Column, Table
 from ebm_defense.files import atomic
 
 ATTACK, RANDOM = "#d55e00", "#0072b2"
@@ -16,8 +18,7 @@ def audit_text(name: str, checks: Sequence[Check], found: Audited, s: AuditSetti
     lines = [f"# Audit of {name}", ""]
     lines += [f"- **{'passed' if c.passed else 'FAILED'}** {c.name}: {c.found}." for c in checks]
     if found.compression:
-        lines += ["", "| steps K | compression, attack | compression, random |", "|--:|--:|--:|"]
-        lines += [f"| {k} | {a:.3f} | {r:.3f} |" for k, a, r in found.compression]
+        lines += ["", RENDERERS["markdown"](_compression(found)).rstrip("\n")]
     passed = sum(c.passed for c in checks)
     lines += [
         "",
@@ -28,6 +29,17 @@ def audit_text(name: str, checks: Sequence[Check], found: Audited, s: AuditSetti
         "‖P(x+δ;ω) − P(x;ω)‖/‖δ‖ at the same noise ω.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _compression(found: Audited) -> Table:
+    titles = ("steps K", "compression, attack", "compression, random")
+    return Table(
+        columns=tuple(Column(title, "r") for title in titles),
+        rows=tuple(
+            (Cell(f"{k}"), Cell(f"{attack:.3f}"), Cell(f"{at_random:.3f}"))
+            for k, attack, at_random in found.compression
+        ),
+    )
 
 
 def draw_audit(name: str, found: Audited, path: Path) -> None:
