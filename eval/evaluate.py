@@ -88,7 +88,9 @@ def evaluate(
     defense = as_defense(model)
     with evaluating(defense, protocol, attacks):
         classes = check_model(defense, images, labels)
-        asked = _protocol(protocol, attacks, judge_replicates).fitting(classes)
+        asked = _protocol(protocol, attacks, judge_replicates).fitting(
+            classes, stochastic=defense.stochastic
+        )
         chosen = choose_auto(asked, defense, images)
         if out is not None:
             chosen = as_begun(chosen, Path(out).expanduser())

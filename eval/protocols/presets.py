@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from ebm_defense.attacks import (
@@ -49,6 +50,20 @@ def mefa_attack(threat: ThreatModel, steps: int, step_size: float, replicates: i
         gradient=Full(),
         random_start=False,
     )
+
+
+REPLICATES_A_RESTART = 4
+"""Where one replicate says all, targeted APGD gets a restart for so many."""
+
+
+def with_restarts(attack: Attack) -> Attack:
+    """Return an attack on a deterministic model: its replicates would all be the same, and what
+    they would cost buys targeted APGD restarts, each on the images that still stand.
+    """
+    if not isinstance(attack, TargetedAPGD):
+        return attack
+    restarts = max(attack.restarts, attack.replicates // REPLICATES_A_RESTART)
+    return dataclasses.replace(attack, restarts=restarts)
 
 
 def standard_attacks(

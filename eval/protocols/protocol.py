@@ -24,6 +24,7 @@ from ebm_defense.eval.protocols.presets import (
     mefa_attack,
     standard_attacks,
     standard_kind,
+    with_restarts,
 )
 from ebm_defense.files import writable_folder, write_text
 from ebm_defense.numbers import plain_numbers
@@ -98,13 +99,19 @@ class Protocol:
     def _complete(self) -> bool:
         return self.ensemble and {standard_kind(a) for a in self.attacks} >= STANDARD
 
-    def fitting(self, classes: int) -> Protocol:
-        """Return "standard" without the attacks that need more classes, and others as they are.
+    def fitting(self, classes: int, *, stochastic: bool = True) -> Protocol:
+        """Return "standard" as it fits a model, and other protocols as they are.
 
-        It says which, and is then called "standard-partial".
+        For a deterministic one `with_restarts`; without the attacks that need more classes, of
+        which it says which, and is then called "standard-partial".
         """
+        if self.name != "standard":
+            return self
+        if not stochastic:
+            restarted = tuple(map(with_restarts, self.attacks))
+            return dataclasses.replace(self, attacks=restarted).fitting(classes)
         kept = tuple(a for a in self.attacks if a.least_classes <= classes)
-        if self.name != "standard" or kept == self.attacks:
+        if kept == self.attacks:
             return self
         dropped = ", ".join(a.name for a in self.attacks if a not in kept)
         LOG.warning(
