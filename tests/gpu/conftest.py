@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
 from ebm_defense.engine import cuda_graphs, triton_kernels, trust
@@ -59,7 +59,8 @@ class GpuTensor(Tensor):
 def put(tensor: Tensor, number: int) -> GpuTensor:
     """Give a tensor a GPU's number."""
     if not isinstance(tensor, GpuTensor):
-        tensor = tensor.as_subclass(GpuTensor)
+        with _disable_current_modes():  # what only renames a tensor is no operation to record
+            tensor = tensor.as_subclass(GpuTensor)
         tensor.number = number
     return tensor
 
