@@ -123,9 +123,10 @@ def test_a_purifier_is_saved_loaded_evaluated_reported_and_verified(
         )
     attack = PGD(threat=ThreatModel(eps=0.1), steps=1, replicates=2)
     labels = torch.tensor([0, 1])
-    run = tmp_path / "run"
-    evaluate(loaded, images(), labels, attacks=[attack], judge_replicates=4, out=run)
-    report = load_run(run)
+    # Pictures and tables of a folder are the dearest part, and no purifier's own but its record.
+    run = tmp_path / "run" if name in ("langevin", "pair") else None
+    report = evaluate(loaded, images(), labels, attacks=[attack], judge_replicates=4, out=run)
+    report = report if run is None else load_run(run)
     words = caption(loaded.purifier.record(images()))
     assert words in report.to_text()
     assert "{" not in words
