@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from ebm_defense.eval.reporting.flags.registry import log_flags
 from ebm_defense.eval.reporting.report import Report, report_of
 from ebm_defense.eval.runner import planned_steps, run
 from ebm_defense.eval.storage.behaviour import behaviour
-from ebm_defense.eval.storage.run_folder import SETTINGS, MemoryStore, RunFolder, read_toml
+from ebm_defense.eval.storage.run_folder import SETTINGS, Done, MemoryStore, RunFolder, read_toml
 from ebm_defense.eval.storage.settings import settings_of
 from ebm_defense.eval.workers import ALONE, Workers
 from ebm_defense.inputs import read_batch
@@ -98,20 +97,24 @@ def evaluate(
         number = whole(seed, "the seed")
         job = Job(defense=defense, images=images, labels=labels, protocol=chosen, seed=number)
         job.check(classes)
-        report = _evaluated(job, out, workers)
+        store = _store(job, out, workers)
+        with store.claimed():
+            report = _reported(job, run(job, store, workers), store, workers)
     log_flags(report.flags)
     return report
 
 
-def _evaluated(job: Job, out: str | Path | None, workers: Workers) -> Report:
+def _store(job: Job, out: str | Path | None, workers: Workers) -> MemoryStore | RunFolder:
+    """Return what keeps the finished shards: a folder, or memory."""
     settings = settings_of(job.defense, job.images, job.labels, job.protocol, job.seed)
     settings["budget"] = {"chain_steps_an_image": planned_steps(job)}
     if workers.parts > 1:
         settings["shard"] = f"{workers.part}/{workers.parts}"
-    if out is not None:
-        return _kept(job, settings, out, workers)
-    done = run(job, MemoryStore(), workers)
-    return report_of(done, settings, job.protocol, job.images, _sanity_checks(job))
+    if out is None:
+        return MemoryStore(settings)
+    data = {"images": job.images, "labels": job.labels}
+    answers = behaviour(job.defense, job.images, job.protocol.attacks)
+    return RunFolder(out, settings, data, workers, answers)
 
 
 def as_begun(protocol: Protocol, folder: Path) -> Protocol:
@@ -142,29 +145,28 @@ def as_begun(protocol: Protocol, folder: Path) -> Protocol:
     return older
 
 
-def _kept(job: Job, settings: dict[str, Any], out: str | Path, workers: Workers) -> Report:
-    """Run a job in its folder; the process that leads writes the end."""
-    data = {"images": job.images, "labels": job.labels}
-    answers = behaviour(job.defense, job.images, job.protocol.attacks)
-    with RunFolder(out, settings, data, workers, answers).claimed() as folder:
-        done = run(job, folder, workers)
-        sanity_checks = _sanity_checks(job) if workers.leads else None
-        report = report_of(done, settings, job.protocol, job.images, sanity_checks)
-        if sanity_checks is not None:
-            save_sanity_checks(folder.path, sanity_checks)
-            report.save(folder.path)
-            folder.finish(*done)
+def _reported(job: Job, done: Done, store: MemoryStore | RunFolder, workers: Workers) -> Report:
+    """Report what was found; the process that leads writes the end of a folder."""
+    folder = store if isinstance(store, RunFolder) else None
+    sanity_checks = _sanity_checks(job) if folder is None or workers.leads else None
+    report = report_of(done, store.settings, job.protocol, job.images, sanity_checks)
+    if folder is not None and sanity_checks is not None:
+        save_sanity_checks(folder.path, sanity_checks)
+        report.save(folder.path)
+        folder.finish(*done)
     return report
 
 
 def _sanity_checks(job: Job) -> SanityChecks:
     """Check the model for flags, with as many chains at a time as fit."""
     protocol = job.protocol
-    work = partial(
-        run_sanity_checks, job.defense, job.images, job.labels, protocol.attacks, job.seed
-    )
     with chains_restored(job.defense):
-        return job.defense.packing.fitting(work)
+        for attempt in job.defense.packing.tries():
+            with attempt:
+                found = run_sanity_checks(
+                    job.defense, job.images, job.labels, protocol.attacks, job.seed
+                )
+    return found
 
 
 def _protocol(

@@ -6,7 +6,6 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from functools import partial
 
 import pandas as pd
 
@@ -59,7 +58,9 @@ def run(
     with chains_restored(job.defense), closing(meter):
         for batch in batches:
             every = list(itertools.chain.from_iterable(batch))
-            found = job.defense.packing.fitting(partial(run_shard, job, every, meter))
+            for attempt in job.defense.packing.tries():
+                with attempt:
+                    found = run_shard(job, every, meter)
             for ids, shard in zip(batch, split(found, list(map(len, batch))), strict=True):
                 store.save(ids[0], shard)
                 left -= len(ids)

@@ -74,7 +74,14 @@ def run_selected(job: Job, part: Part, meter: Meter) -> tuple[Columns, dict[str,
     for number, attack in enumerate(job.protocol.attacks):
         meter.enter(attack.name)
         before = found[-1] if found and job.protocol.ensemble else nothing
-        one, new = _attack(job, number, attack, part, before, meter)
+        name, going = attack_column(number, attack), (~before.left).nonzero().flatten()
+        some = Part(part.images[going], part.labels[going], [part.ids[i] for i in going.tolist()])
+        selector, seed = _selector(job, job.defense, attack, some, name, meter)
+        returned = attack.run(
+            job.defense, some.images, some.labels, ids=some.ids, seed=seed, judge=selector
+        )
+        chosen = selector.choose(returned)
+        one, new = _judged(job, name, attack, part, before, going, chosen, meter)
         found.append(one)
         columns |= new
     if len(found) > 1:
@@ -89,7 +96,9 @@ def _undefended(job: Job, bare: PurifiedClassifier, part: Part, meter: Meter) ->
     with torch.no_grad():
         right = bare.classify(part.images).argmax(-1) == part.labels
     attack = job.protocol.attacks[-1].direct
-    chosen = _choose(job, bare, attack, part, "undefended", meter)
+    selector, seed = _selector(job, bare, attack, part, "undefended", meter)
+    returned = attack.run(bare, part.images, part.labels, ids=part.ids, seed=seed, judge=selector)
+    chosen = selector.choose(returned)
     found = _judge(job, bare, part._replace(images=chosen.images), "undefended", meter)
     return {
         UNDEFENDED_CLEAN: right.int().tolist(),
@@ -102,14 +111,17 @@ def _clean(job: Job, part: Part, meter: Meter) -> Columns:
     return {CLEAN: found.stands.tolist(), **_columns(job, CLEAN, part, found)}
 
 
-def _attack(
-    job: Job, number: int, attack: Attack, part: Part, before: Found, meter: Meter
+def _judged(
+    job: Job,
+    name: str,
+    attack: Attack,
+    part: Part,
+    before: Found,
+    going: Tensor,
+    chosen: Chosen,
+    meter: Meter,
 ) -> tuple[Found, Columns]:
-    """Attack the images that no attack before it left as broken, choose, and judge."""
-    name = attack_column(number, attack)
-    going = (~before.left).nonzero().flatten()
-    some = Part(part.images[going], part.labels[going], [part.ids[i] for i in going.tolist()])
-    chosen = _choose(job, job.defense, attack, some, name, meter)
+    """Judge what was chosen on the images `going`, and what was before on the others."""
     images, left = before.images.clone(), before.left.clone()
     images[going], left[going] = chosen.images, chosen.left
     attacked = part._replace(images=images)
@@ -125,15 +137,15 @@ def _attack(
     return Found(images, left), columns
 
 
-def _choose(
+def _selector(
     job: Job,
     defense: PurifiedClassifier,
     attack: Attack,
     part: Part,
     name: str,
     meter: Meter,
-) -> Chosen:
-    """Run an attack, and choose from what it proposes."""
+) -> tuple[Selector, int]:
+    """Return what chooses from an attack's proposals, and the attack's seed."""
     selector = Selector(
         defense,
         attack,
@@ -143,11 +155,7 @@ def _choose(
         selection=job.protocol.selection or LAST,
         stream=job.stream(f"attack {name}", 0, meter),
     )
-    seed = derive_seed(job.seed, f"attack {name}")
-    returned = attack.run(
-        defense, part.images, part.labels, ids=part.ids, seed=seed, judge=selector
-    )
-    return selector.choose(returned)
+    return selector, derive_seed(job.seed, f"attack {name}")
 
 
 def _judge(job: Job, defense: PurifiedClassifier, part: Part, name: str, meter: Meter) -> Judgement:

@@ -47,8 +47,14 @@ class Done(NamedTuple):
 class MemoryStore:
     """Finished shards in memory, for a run that keeps nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: dict[str, Any] | None = None) -> None:
+        self.settings = settings or {}
         self._done: dict[int, Done] = {}
+
+    @contextmanager
+    def claimed(self) -> Iterator[MemoryStore]:
+        """Do nothing: nobody else works here."""
+        yield self
 
     def load(self, start: int) -> Done | None:
         """Return the shard that begins with image `start`, or None if it is not finished."""
