@@ -13,7 +13,7 @@ from ebm_defense.attacks.gradients.registry import GRADIENTS, Auto, make_gradien
 from ebm_defense.attacks.gradients.score_free import ScoreFree
 from ebm_defense.attacks.gradients.smoothed import Smoothed
 from ebm_defense.attacks.gradients.surrogate import Surrogate
-from ebm_defense.attacks.losses import DLR, LOSSES, CrossEntropy, Margin, TargetedDLR
+from ebm_defense.attacks.losses import DLR, LOSSES, CrossEntropy, Margin, TargetedDLR, Towards
 from ebm_defense.attacks.optimisers.apgd import APGD, TargetedAPGD
 from ebm_defense.attacks.optimisers.diffhammer import DiffHammer
 from ebm_defense.attacks.optimisers.pgd import PGD
@@ -49,6 +49,7 @@ __all__ = [
     "TargetedDLR",
     "ThreatModel",
     "TorchattacksAttack",
+    "Towards",
     "Transfer",
     "make_attack",
     "make_gradient",

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ebm_defense.defense import AVERAGES
 from ebm_defense.errors import UsageError
+from ebm_defense.numbers import plain_numbers
 
 _TINY = 1e-12
 REPLICATES = "replicates"
@@ -154,6 +155,43 @@ class TargetedDLR(AveragedLoss):
         return self._average(self.of, logits, labels, targets)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Towards(UntargetedLoss):
+    """Minus the cross-entropy of one chosen class; 0 on images that are of that class.
+
+    Which class an attacked image is taken for, the records say; a verdict is on the true class.
+
+    Attributes:
+        target: the class, from 0.
+
+    Raises:
+        UsageError: a class below 0, or beyond the model's.
+    """
+
+    target: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        plain_numbers(self)
+        if self.target < 0:
+            raise UsageError(f"a target class must be 0 or more, not {self.target}.")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """A name for tables."""
+        return f"CE to class {self.target}"
+
+    @property
+    def classes(self) -> int:  # type: ignore[override]
+        """How few classes a model may tell apart."""
+        return max(2, self.target + 1)
+
+    def of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        target = torch.full_like(labels, self.target)
+        towards = -F.cross_entropy(logits, target, reduction="none")
+        return torch.where(labels == self.target, 0.0 * towards, towards)
+
+
 def _of_class(logits: Tensor, classes: Tensor) -> Tensor:
     return logits.gather(-1, classes[:, None]).squeeze(-1)
 
@@ -168,6 +206,7 @@ LOSSES: dict[str, type[AveragedLoss]] = {
     "margin": Margin,
     "dlr": DLR,
     "targeted-dlr": TargetedDLR,
+    "towards": Towards,
 }
 
 

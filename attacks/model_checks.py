@@ -42,8 +42,8 @@ def _first_pass(defense: PurifiedClassifier, images: Tensor) -> Tensor:
         raise
     except Exception as error:  # a model is anybody's code, and may assert or raise anything
         raise UsageError(
-            f"the model cannot take {images.dtype} images of shape {tuple(images.shape[1:])}: "
-            f"{_reason(error)}."
+            f"the model cannot take images of shape {tuple(images.shape[1:])} and type "
+            f"{images.dtype}: {_reason(error)}."
         ) from error
 
 

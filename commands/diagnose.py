@@ -14,8 +14,8 @@ import torch
 import tyro
 
 from ebm_defense.attacks import PGD, ThreatModel
-from ebm_defense.commands.options import Device, resolve_device
-from ebm_defense.data import dataset, load_data
+from ebm_defense.commands.options import Device, Fraction, resolve_device
+from ebm_defense.data import customary_eps, load_data
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.purification_curve import Point, purification_curve, recommend
@@ -84,7 +84,7 @@ class Diagnose:
     data_noise: float | None = None
     """Noise on data in learning, in [-1, 1] units; read off the folder of train-ebm, else twice the
     chain's step size, as is usual."""
-    eps: float | None = None
+    eps: Fraction | None = None
     """Largest perturbation of the attacked images, Linf in [0, 1] units; the data set's custom."""
     attack_steps: int = 40
     """Steps of the PGD that attacks the classifier alone."""
@@ -121,7 +121,7 @@ class Diagnose:
         self, purifier: LangevinPurifier, images: torch.Tensor, labels: torch.Tensor
     ) -> list[Point]:
         classifier = load_defense(self.classifier).undefended.to(images.device)
-        eps = dataset(self.data).eps if self.eps is None else self.eps
+        eps = customary_eps(self.data, "Linf") if self.eps is None else self.eps
         attack = PGD(threat=ThreatModel(eps=eps), steps=self.attack_steps, step_size=eps / 4)
         attacked = attack(classifier, images, labels, seed=self.seed)
         lengths = sorted({0, *np.geomspace(1, self.steps, 14).round().astype(int).tolist()})

@@ -12,9 +12,11 @@ import tyro
 from torch import nn
 
 from ebm_defense.attacks.gradients.registry import choose_auto
+from ebm_defense.attacks.norms import norm_name
 from ebm_defense.commands.factories import make_module, scaled_classifier
 from ebm_defense.commands.options import (
     Device,
+    Fraction,
     make_purifier,
     put_on,
     resolve_device,
@@ -22,7 +24,7 @@ from ebm_defense.commands.options import (
 )
 from ebm_defense.commands.photos import Photos, wanted_by
 from ebm_defense.commands.sweep import grid
-from ebm_defense.data import dataset
+from ebm_defense.data import customary_eps
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.eval import Protocol, Report, evaluate, get_protocol, load_protocol
@@ -69,11 +71,16 @@ class Evaluate:
     """quick, hill2021, lifecycle2022, mefa2026, standard, or a protocol's TOML file."""
     norm: str | None = None
     """Linf, L2 or L1."""
-    eps: float | None = None
-    """Largest perturbation, in [0, 1] pixel units."""
+    eps: Fraction | None = None
+    """Largest perturbation, in [0, 1] pixel units, as 0.03 or 8/255; the data set's custom in this
+    norm if not given."""
+    bits: int | None = None
+    """Attack on the lattice of images of so many bits a pixel: 8 for what a PNG can hold."""
+    looks: str | None = None
+    """Which images of an attack are judged: selected (the strongest, once), every or last."""
     steps: int | None = None
     """Attack steps."""
-    step_size: float | None = None
+    step_size: Fraction | None = None
     """Attack step, in [0, 1] units; eps/4 if not given."""
     replicates: int | None = None
     """Attack replicates."""
@@ -193,6 +200,8 @@ class Evaluate:
         budget: dict[str, Any] = {
             "norm": self.norm,
             "eps": self.eps,
+            "bits": self.bits,
+            "looks": self.looks,
             "steps": self.steps,
             "step_size": self.step_size,
             "replicates": self.replicates,
@@ -203,7 +212,8 @@ class Evaluate:
         }
         if self.protocol.endswith(".toml"):
             return self._from_file({k: v for k, v in budget.items() if v is not None})
-        budget["eps"] = dataset(self.data).eps if self.eps is None else self.eps
+        if self.eps is None:
+            budget["eps"] = customary_eps(self.data, norm_name(self.norm or "Linf"))
         return override(
             get_protocol(self.protocol, **budget),
             self._chosen(),

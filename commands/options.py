@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 import torch
+import tyro
 from torch import nn
 
 from ebm_defense.commands.factories import factory
 from ebm_defense.errors import UsageError
 from ebm_defense.files import write_text
 from ebm_defense.folders import DEFENSE, shipped_folder
+from ebm_defense.numbers import real
 from ebm_defense.purifiers.base import Purifier
 from ebm_defense.purifiers.foreign import as_purifier
 from ebm_defense.purifiers.registry import PURIFIERS, baseline
@@ -22,6 +24,19 @@ from ebm_defense.weights import load_purifier
 
 M = TypeVar("M", bound=nn.Module)
 Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+Fraction = Annotated[
+    float,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FLOAT",
+        instance_from_str=lambda words: real(words[0], "the number"),
+        is_instance=lambda value: isinstance(value, float | int),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+"""A number that may be written as a fraction: 8/255."""
 
 
 def resolve_device(device: Device) -> torch.device:

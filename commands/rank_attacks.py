@@ -9,14 +9,16 @@ from typing import Annotated, Any
 import tyro
 
 from ebm_defense.attacks import ThreatModel
+from ebm_defense.attacks.norms import norm_name
 from ebm_defense.commands.options import (
     Device,
+    Fraction,
     make_purifier,
     put_on,
     resolve_device,
     write_settings,
 )
-from ebm_defense.data import dataset, load_data
+from ebm_defense.data import customary_eps, load_data
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.ranking import Contest, Field, Outcome, compete, ranking
@@ -55,7 +57,7 @@ class RankAttacks:
     """How many images the cheap attacks, those by gradient, and the dear ones get."""
     norm: str = "Linf"
     """Linf, L2 or L1."""
-    eps: float | None = None
+    eps: Fraction | None = None
     """Largest perturbation, in [0, 1] pixel units; the data set's custom if not given."""
     steps: int = 20
     """Attack steps."""
@@ -102,7 +104,7 @@ class RankAttacks:
         return PurifiedClassifier(defense.undefended, purifier, max_chains=self.max_chains, seed=0)
 
     def _threat(self) -> ThreatModel:
-        eps = dataset(self.data).eps if self.eps is None else self.eps
+        eps = customary_eps(self.data, norm_name(self.norm)) if self.eps is None else self.eps
         return ThreatModel(norm=self.norm, eps=eps)
 
     def _contests(self, gradients: tuple[str, ...]) -> list[Contest]:

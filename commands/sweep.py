@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
 
 from ebm_defense.errors import UsageError
+from ebm_defense.numbers import real, whole
 
-NUMBERS = (int, float)
+READ = {int: whole, float: real}
 
 
 def grid(sweeps: Sequence[str], command: type[Any]) -> dict[str, dict[str, Any]]:
@@ -34,7 +35,7 @@ def grid(sweeps: Sequence[str], command: type[Any]) -> dict[str, dict[str, Any]]
 
 def _numeric_options(command: type[Any]) -> dict[str, type]:
     hints = get_type_hints(command)
-    kinds = {name: {hint, *get_args(hint)} & set(NUMBERS) for name, hint in hints.items()}
+    kinds = {name: {hint, *get_args(hint)} & set(READ) for name, hint in hints.items()}
     return {name: kind.pop() for name, kind in kinds.items() if kind}
 
 
@@ -45,8 +46,8 @@ def _axis(sweep: str, numeric: dict[str, type]) -> tuple[str, list[Any]]:
         known = ", ".join(option.replace("_", "-") for option in numeric)
         raise UsageError(f"{sweep!r} must be OPTION=VALUE,VALUE, OPTION being one of {known}.")
     try:
-        values = [numeric[name](value) for value in text.split(",")]
-    except ValueError as error:
+        values = [READ[numeric[name]](value, name) for value in text.split(",")]
+    except UsageError as error:
         kind = "whole numbers" if numeric[name] is int else "numbers"
         raise UsageError(f"{sweep!r} needs {kind}, separated by commas.") from error
     if len(set(values)) < len(values):

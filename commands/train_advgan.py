@@ -12,14 +12,16 @@ from tqdm import tqdm
 from ebm_defense.attacks import ThreatModel
 from ebm_defense.attacks.external.advgan_training import AdvGANRecipe, AdvGANTrainer, Update
 from ebm_defense.attacks.gradients.registry import make_gradient
+from ebm_defense.attacks.norms import norm_name
 from ebm_defense.commands.options import (
     Device,
+    Fraction,
     put_on,
     resolve_device,
     write_settings,
 )
 from ebm_defense.commands.resume import CHECKPOINT, checkpoint_of
-from ebm_defense.data import dataset, load_data
+from ebm_defense.data import customary_eps, load_data
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
 from ebm_defense.files import writable_folder, write_text
@@ -57,7 +59,7 @@ class TrainAdvgan:
     """Learn from a stratified sample of this many images; all if not given."""
     norm: str = "Linf"
     """Linf or L2."""
-    eps: float | None = None
+    eps: Fraction | None = None
     """Largest perturbation, in [0, 1] pixel units; the data set's custom if not given."""
     updates: int = 2_000
     """Steps of generator and discriminator."""
@@ -121,7 +123,7 @@ class TrainAdvgan:
         return 0
 
     def _threat(self) -> ThreatModel:
-        eps = dataset(self.data).eps if self.eps is None else self.eps
+        eps = customary_eps(self.data, norm_name(self.norm)) if self.eps is None else self.eps
         return ThreatModel(norm=self.norm, eps=eps)
 
     def _defense(self) -> PurifiedClassifier:

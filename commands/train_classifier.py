@@ -14,6 +14,7 @@ from ebm_defense.attacks.training import TrainingPerturbation
 from ebm_defense.classifiers import WideResNet, WideResNetSettings, normalized
 from ebm_defense.commands.options import (
     Device,
+    Fraction,
     make_purifier,
     resolve_device,
     write_settings,
@@ -82,7 +83,7 @@ class TrainClassifier:
     """SGD's weight decay."""
     padding: int = 2
     """Pixels of a random shift."""
-    adversarial_eps: float | None = None
+    adversarial_eps: Fraction | None = None
     """Adversarial training: Linf perturbations this large, around the (purified) images."""
     adversarial_steps: int = 2
     """Gradient steps of those perturbations."""

@@ -18,6 +18,7 @@ from ebm_defense.engine import Energy, EnergyGradient, prepare, triton_kernels
 from ebm_defense.engine.cuda_graphs import run_graphed
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import KeyedNoise, Noise, ahead, drawn_at
+from ebm_defense.numbers import plain_numbers
 from ebm_defense.precision.names import resolve_precision
 
 
@@ -39,6 +40,7 @@ class LangevinSettings:
     temperature: float = 5e-5
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.steps < 0:
             raise UsageError(f"Langevin steps must be 0 or more, not {self.steps}.")
         if not 0 < self.step_size < float("inf"):

@@ -91,7 +91,7 @@ def _closed_over(function: FunctionType) -> list[object]:
 
 def _may_lead_on(value: object) -> bool:
     """Whether a value is a module or may refer to one: no number, tensor or part of a library."""
-    if isinstance(value, nn.Module | list | tuple | dict | functools.partial):
+    if isinstance(value, nn.Module | MethodType | functools.partial | list | tuple | dict):
         return True
     if inspect.isclass(value) or inspect.ismodule(value) or not hasattr(value, "__dict__"):
         return False

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ebm_defense.errors import UsageError
 
+MISTAKES = (TypeError, ValueError, ZeroDivisionError, OverflowError, RuntimeError)
+"""What Python, NumPy and torch raise of what is no number."""
+
 
 def real(value: Any, name: str) -> float:
     """Return a number as a float.
@@ -24,7 +27,7 @@ def real(value: Any, name: str) -> float:
     """
     try:
         return _real(value)
-    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
+    except MISTAKES:
         raise UsageError(
             f'{name} must be a number, such as 0.03 or "8/255", not {value!r}.'
         ) from None
@@ -38,7 +41,7 @@ def whole(value: Any, name: str) -> int:
     """
     try:
         return _whole(value)
-    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
+    except MISTAKES:
         raise UsageError(f"{name} must be a whole number, not {value!r}.") from None
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ebm_defense.errors import UsageError
 from ebm_defense.fingerprint import fingerprint
+from ebm_defense.numbers import real
 
 T = TypeVar("T")
 Place = tuple[str | int, ...]
@@ -152,6 +153,8 @@ class _Builder:
             return value
         if hint is float and type(value) is int:
             return float(value)
+        if isinstance(value, str) and "/" in value and float in _alternatives(hint):
+            return real(value, f"{self.source}: {place[-1]}")  # a fraction, as 8/255
         if hint in SCALARS:
             self._refuse(place, f"it must be of type {hint.__name__}, not {value!r}")
         if any(dataclasses.is_dataclass(t) for t in _alternatives(hint)):

@@ -263,3 +263,13 @@ def test_generator_noise_is_drawn_in_order():
     like = torch.zeros(2, 1, 2, 2)
     for z in ahead(one, range(3), like):
         assert torch.equal(z, two.normal(0, like))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_uniform_noise_of_every_dtype_is_the_same_noise_cast(dtype):
+    noise = KeyedNoise(chain_keys(0, "test", range(64), range(1))[0])
+    like = torch.zeros(64, 1, 16, 16)
+    exact, found = noise.uniform(0, like.double()), noise.uniform(0, like.to(dtype))
+    assert found.dtype == dtype
+    assert 0.0 <= float(found.min()) <= float(found.max()) < 1.0
+    assert float((found.double() - exact).abs().max()) <= torch.finfo(dtype).eps

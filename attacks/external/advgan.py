@@ -20,6 +20,7 @@ from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.files import save_tensors, writable_folder, write_text
+from ebm_defense.numbers import plain_numbers
 from ebm_defense.serialize import from_plain
 from ebm_defense.state_dicts import load_weights
 
@@ -153,6 +154,7 @@ class AdvGAN(OneShotAttack):
     replicates: int = 15
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_replicates(self.replicates)
         if isinstance(self.weights, str | Path):
             object.__setattr__(self, "weights", Generator.load(self.weights))

@@ -26,6 +26,7 @@ from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import derive_seed
+from ebm_defense.numbers import plain_numbers
 from ebm_defense.runtime.memory import is_full
 
 Calls = Callable[[SimpleNamespace], int]
@@ -73,6 +74,7 @@ class LibraryAttack(OneShotAttack):
     calls: ClassVar[Mapping[str, Calls]]
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         title = f"{self.library}:{self.attack}"
         if not isinstance(self.parameters, str):
             object.__setattr__(self, "parameters", spec.write(self.parameters, title))

@@ -14,6 +14,7 @@ from ebm_defense.attacks.optimisers.pgd import PGD
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
+from ebm_defense.numbers import plain_numbers
 
 SOURCES = {"classifier": "its own classifier", "undefended": "the undefended classifier"}
 
@@ -37,6 +38,7 @@ class Transfer(OneShotAttack):
     label: str = "another defense"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if isinstance(self.source, str) and self.source not in SOURCES:
             raise UsageError(
                 f"transfer comes from {' or '.join(SOURCES)} or from a model, "

@@ -17,6 +17,7 @@ from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.engine.derivatives import PRODUCT_PRECISIONS, arithmetic, vjp
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import KeyedNoise, working_dtype
+from ebm_defense.numbers import plain_numbers
 from ebm_defense.purifiers.base import Purifier, SteppedPurifier
 from ebm_defense.purifiers.state import State, lerp, size, tensors
 
@@ -54,6 +55,7 @@ class ChainGradient(VjpGradient):
     replay_tolerance: float = 0.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.store not in STORES:
             raise UsageError(f"store is {self.store!r}; choose one of {', '.join(STORES)}.")
         if self.precision not in PRODUCT_PRECISIONS:

@@ -14,6 +14,7 @@ from ebm_defense.attacks.losses import Loss
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import KeyedNoise, working_dtype
+from ebm_defense.numbers import plain_numbers
 
 BEYOND = 1 << 40  # a step of the keys' noise that no chain reaches
 
@@ -45,6 +46,7 @@ class ScoreFree:
     from_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.samples < 1:
             raise UsageError(f"SPSA needs at least 1 sample, not {self.samples}.")
         check_positive("delta", self.delta)

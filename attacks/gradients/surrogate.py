@@ -12,6 +12,7 @@ from ebm_defense.attacks.gradients.full import Full
 from ebm_defense.attacks.losses import Loss
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
+from ebm_defense.numbers import plain_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class Surrogate:
     through: Gradient = field(default_factory=Full)
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.steps < 1:
             raise UsageError(f"a surrogate needs at least 1 step, not {self.steps}.")
 

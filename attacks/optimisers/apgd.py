@@ -39,6 +39,7 @@ from ebm_defense.attacks.session import AttackSession, QueryResult, SessionAttac
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
+from ebm_defense.numbers import plain_numbers
 
 Aim = Callable[[Tensor], Loss]
 """The loss for these rows of the batch."""
@@ -74,6 +75,7 @@ class AutoPGD(SessionAttack):
     review: int = 10
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_budget(self.steps, self.replicates, self.restarts)
         check_positive("review", self.review)
 

@@ -14,6 +14,7 @@ from ebm_defense.attacks.losses import CrossEntropy, Loss, loss_name, refuse_tar
 from ebm_defense.attacks.session import AttackSession, SessionAttack
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
+from ebm_defense.numbers import plain_numbers
 
 USUAL = {"PGD": "CE", "Square": "CW", "SPSA": "CW", "DiffHammer": "CW"}
 Memory = tuple[Tensor, ...]
@@ -52,6 +53,7 @@ class Ascent(SessionAttack):
     kind: ClassVar[str]
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_budget(self.steps, self.replicates, self.restarts)
         check_positive("step_size", self.step_size)
         refuse_targeted(self.loss, self.name)

@@ -20,6 +20,7 @@ from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import KeyedNoise, working_dtype
+from ebm_defense.numbers import plain_numbers
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 SCHEDULED = 10_000  # queries that the halvings were made for
@@ -93,6 +94,7 @@ class Square(SessionAttack):
     review: int = 50
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_budget(self.steps, self.replicates)
         check_positive("review", self.review)
         refuse_targeted(self.loss, self.name)

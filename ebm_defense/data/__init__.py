@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +37,7 @@ __all__ = [
     "Images",
     "Source",
     "cache_folder",
+    "customary_eps",
     "data_roots",
     "dataset",
     "load_data",
@@ -59,6 +60,7 @@ class DataSet:
         splits: which of `SPLITS` it has.
         flip: whether a mirrored image keeps its class.
         eps: the customary Linf perturbation, in [0, 1] units.
+        other_eps: the customary perturbations in other norms, where there are any.
     """
 
     open: Open
@@ -66,6 +68,20 @@ class DataSet:
     splits: tuple[str, ...] = SPLITS
     flip: bool = True
     eps: float = 8 / 255
+    other_eps: Mapping[str, float] = field(default_factory=dict)
+
+
+def customary_eps(name: str, norm: str = "Linf") -> float:
+    """Return a data set's customary perturbation in a norm, in [0, 1] units.
+
+    Raises:
+        UsageError: an unknown data set, or none that is customary.
+    """
+    data = dataset(name)
+    known = {"linf": data.eps} | {other.lower(): eps for other, eps in data.other_eps.items()}
+    if norm.lower() not in known:
+        raise UsageError(f"{name} has no customary eps in {norm}; give one, in [0, 1] units.")
+    return known[norm.lower()]
 
 
 def load_data(
@@ -164,9 +180,9 @@ DATASETS: dict[str, DataSet] = {
     "fashion-mnist": _halves(from_idx("FashionMNIST"), _FASHION, eps=0.1),
     "fashion-mnist-sample": _halves(fashion_mnist_sample, _FASHION, splits=("test",), eps=0.1),
     "mnist": _halves(from_idx("MNIST"), _DIGITS, flip=False, eps=0.3),
-    "cifar10": _halves(from_torchvision("CIFAR10"), _CIFAR10),
-    "cifar100": _halves(from_torchvision("CIFAR100")),
-    "svhn": _halves(from_torchvision("SVHN"), _DIGITS, flip=False),
+    "cifar10": _halves(from_torchvision("CIFAR10"), _CIFAR10, other_eps={"L2": 0.5, "L1": 12.0}),
+    "cifar100": _halves(from_torchvision("CIFAR100"), other_eps={"L2": 0.5}),
+    "svhn": _halves(from_torchvision("SVHN"), _DIGITS, flip=False, other_eps={"L2": 0.5}),
     "digits": _halves(digits, _DIGITS, flip=False, eps=0.1),
     "folder": DataSet(open=_open_folder),
 }

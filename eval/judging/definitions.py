@@ -48,6 +48,7 @@ def definition_columns(
             Kept.FAILURES: failures.tolist(),
             Kept.MEAN_LOGITS: by_mean.int().tolist(),
             Kept.MAJORITY: has_majority(counts, labels).int().tolist(),
+            Kept.PREDICTED: combine(logits).argmax(-1).tolist(),
         },
     )
 

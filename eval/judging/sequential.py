@@ -48,6 +48,7 @@ from ebm_defense.eval.judging.rules import (
     right_votes,
     vote_counts,
 )
+from ebm_defense.numbers import plain_numbers
 
 GROWTH = 1.4
 STANDS, BROKEN, OPEN = 1, 0, -1
@@ -116,6 +117,7 @@ class Sequential:
     name: str = field(default="sequential", init=False)
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if not 0.0 < self.alpha < 1.0:
             raise UsageError(f"the error level alpha must lie between 0 and 1, not {self.alpha}.")
 

@@ -14,6 +14,7 @@ import tomli_w
 
 from ebm_defense import attacks
 from ebm_defense.attacks import PGD, Attack, ThreatModel, Transfer
+from ebm_defense.attacks.norms import norm_name
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.judging.judge import refuse_looks
 from ebm_defense.eval.judging.rules import AsDeployed, OneStage, Rule, TwoStage
@@ -31,7 +32,8 @@ from ebm_defense.numbers import plain_numbers
 from ebm_defense.serialize import build, describe
 
 LOG = logging.getLogger("ebm_defense.eval")
-PUBLISHED_EPS = 8 / 255
+PUBLISHED_EPS = {"Linf": 8 / 255, "L2": 0.5, "L1": 12.0}
+"""The customs of CIFAR-10, which the presets were published for."""
 SELECTED = "selected"
 STEPS_ACROSS_EPS = 4  # the published step is 2/255 at eps 8/255
 
@@ -145,7 +147,8 @@ class Budget:
 
     Attributes:
         norm: "Linf", "L2" or "L1".
-        eps: in [0, 1] units.
+        eps: in [0, 1] units; CIFAR-10's custom in this norm if not given.
+        bits: of the lattice on which attacked images lie; see `ThreatModel`.
         steps: attack steps.
         step_size: in [0, 1] units; a quarter of eps if not given.
         replicates: attack replicates.
@@ -153,10 +156,15 @@ class Budget:
         selection_replicates: fresh draws by which the image that is judged is selected.
         verdict: a name in `VERDICTS`.
         alpha: error level of the sequential verdict.
+        looks: a name in `LOOKS`.
+
+    Raises:
+        UsageError: what is no number, an unknown norm, or one without a custom and without eps.
     """
 
     norm: str | None = None
     eps: float | None = None
+    bits: int | None = None
     steps: int | None = None
     step_size: float | None = None
     replicates: int | None = None
@@ -164,12 +172,27 @@ class Budget:
     selection_replicates: int | None = None
     verdict: str | None = None
     alpha: float | None = None
+    looks: str | None = None
+
+    def __post_init__(self) -> None:
+        plain_numbers(self)
+        if self.norm is not None:
+            object.__setattr__(self, "norm", norm_name(self.norm))
 
     def over(self, **preset: Any) -> dict[str, Any]:
         """Return a preset's numbers, replaced by those given here; a step is a quarter of eps."""
         given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         number = preset | given
-        return {"step_size": number["eps"] / STEPS_ACROSS_EPS} | number
+        return {"step_size": self.threat.eps / STEPS_ACROSS_EPS} | number
+
+    @property
+    def threat(self) -> ThreatModel:
+        """The threat model asked for, at CIFAR-10's custom unless eps is given."""
+        norm = self.norm or "Linf"
+        if self.eps is None and norm not in PUBLISHED_EPS:
+            raise UsageError(f"there is no customary eps in {norm}; give one, in [0, 1] units.")
+        eps = PUBLISHED_EPS[norm] if self.eps is None else self.eps
+        return ThreatModel(norm=norm, eps=eps, bits=self.bits)
 
     def rule(self, preset: Rule) -> Rule:
         """Return the verdict asked for, or the preset's.
@@ -196,7 +219,9 @@ class Budget:
             UsageError: as `rule`, or selection replicates where nothing is selected.
         """
         rule = self.rule(preset)
-        if looks == SELECTED and isinstance(rule, TwoStage):
+        if self.looks is not None:
+            looks = self.looks
+        elif looks == SELECTED and isinstance(rule, TwoStage):
             looks = "every"
         elif looks == "every" and isinstance(rule, AsDeployed):
             looks = SELECTED
@@ -221,9 +246,9 @@ def _bpda(
     *,
     transfer: bool = False,
 ) -> Protocol:
-    number = budget.over(norm="Linf", eps=PUBLISHED_EPS, **preset)
+    number = budget.over(**preset)
     pgd = PGD(
-        threat=ThreatModel(norm=number["norm"], eps=number["eps"]),
+        threat=budget.threat,
         **{k: number[k] for k in ("steps", "step_size", "replicates")},
     )
     attacks: tuple[Attack, ...] = (pgd,)
@@ -255,9 +280,8 @@ def _mefa2026(budget: Budget) -> Protocol:
     of 100 fresh replicates, as published by Du, Hill, Cai (2026, MEFA).
     """
     preset = {"steps": 100, "replicates": 20, "judge_replicates": 100}
-    number = budget.over(norm="Linf", eps=PUBLISHED_EPS, **preset)
-    threat = ThreatModel(norm=number["norm"], eps=number["eps"])
-    attack = mefa_attack(threat, number["steps"], number["step_size"], number["replicates"])
+    number = budget.over(**preset)
+    attack = mefa_attack(budget.threat, number["steps"], number["step_size"], number["replicates"])
     judged = budget.judged("mefa2026", number, OneStage(), "last")
     return Protocol(name="mefa2026", attacks=(attack,), **judged)
 
@@ -267,12 +291,11 @@ def _standard(budget: Budget) -> Protocol:
     DLR, DiffHammer and targeted APGD through the chain, Square.
     """
     preset = {"steps": 100, "replicates": 20, "judge_replicates": 150}
-    number = budget.over(norm="Linf", eps=PUBLISHED_EPS, **preset)
-    threat = ThreatModel(norm=number["norm"], eps=number["eps"])
+    number = budget.over(**preset)
     sizes = (number["steps"], number["step_size"], number["replicates"])
     return Protocol(
         name="standard",
-        attacks=standard_attacks(threat, *sizes),
+        attacks=standard_attacks(budget.threat, *sizes),
         ensemble=True,
         **budget.judged("standard", number, AsDeployed(), SELECTED),
     )
@@ -292,8 +315,8 @@ def get_protocol(name: str, **budget: Any) -> Protocol:
 
     Args:
         name: a name in `PROTOCOLS`.
-        **budget: fields of `Budget`: norm, eps, steps, step_size, replicates, judge_replicates,
-            selection_replicates, verdict, alpha.
+        **budget: fields of `Budget`: norm, eps, bits, steps, step_size, replicates,
+            judge_replicates, selection_replicates, verdict, alpha, looks.
             A changed number shows in every table's footnote; the name stays.
 
     Raises:

@@ -67,6 +67,8 @@ class Kept(StrEnum):
     """1 where their mean logits were right."""
     MAJORITY = "majority"
     """1 where most of them were right; a tie is 0."""
+    PREDICTED = "predicted"
+    """The class that the defense names of the judged image, by the average of those draws."""
     BEFORE, AFTER = "before", "after"
     """Of a verification: the run's own verdict, and the new one."""
 

@@ -241,3 +241,124 @@ def test_other_distances_print_as_decimals(value, text):
 def test_a_threat_model_prints_its_norm_and_eps():
     assert str(ThreatModel(eps=8 / 255)) == "Linf 8/255"
     assert str(ThreatModel(norm="L2", eps=0.5)) == "L2 0.5"
+
+
+# Every dtype, exactly.
+
+
+@st.composite
+def rounded_cases(draw) -> Case:
+    """Originals and points in every precision, eps far below and above what it resolves."""
+    case, dtype = draw(cases()), draw(st.sampled_from(FLOATS))
+    return case._replace(origin=case.origin.to(dtype), x=case.x.to(dtype))
+
+
+def exactly_within(threat: ThreatModel, x: Tensor, origin: Tensor) -> bool:
+    far = NORMS[threat.norm].size(x.double() - origin.double())
+    return bool((far <= threat.eps * (1.0 + 1e-11)).all()) and 0.0 <= float(
+        x.min()
+    ) <= 1.0 >= float(x.max())
+
+
+@settings(max_examples=200)
+@given(rounded_cases())
+def test_a_projection_is_exact_in_the_images_own_dtype(case):
+    found = case.threat.project(case.x, case.origin)
+    assert found.dtype == case.origin.dtype
+    assert exactly_within(case.threat, found, case.origin)
+    assert torch.equal(case.threat.project(found, case.origin), found)
+
+
+@settings(max_examples=100)
+@given(rounded_cases())
+def test_it_is_off_the_exact_one_by_no_more_than_a_rounding(case):
+    found = case.threat.project(case.x, case.origin).double()
+    exact = case.threat.project(case.x.double(), case.origin.double())
+    spacing = torch.finfo(case.origin.dtype).eps
+    assert bool(((found - exact).abs() <= spacing * exact.abs() + 1e-7).all())
+
+
+@given(rounded_cases(), SEEDS)
+def test_starts_and_steps_are_exact_too(case, seed):
+    origin = case.origin
+    start = case.threat.random_start(origin, KeyedNoise(keys(seed, len(origin))))
+    gradient = torch.randn(origin.shape, generator=torch.Generator().manual_seed(seed))
+    step = case.threat.step(start, origin, gradient.to(origin.dtype), case.threat.eps)
+    for x in (start, step):
+        assert x.dtype == origin.dtype
+        assert bool(x.isfinite().all())
+        assert exactly_within(case.threat, x, origin)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_random_starts_are_spread_alike_in_every_dtype(norm, dtype):
+    origin = torch.full((64, 1, 8, 8), 0.5)
+    threat = ThreatModel(norm=norm, eps={"Linf": 0.1, "L2": 0.8, "L1": 6.0}[norm])
+    noise = KeyedNoise(keys(0, 64))
+    delta = (threat.random_start(origin.to(dtype), noise).double() - 0.5).flatten()
+    exact = (threat.random_start(origin.double(), noise) - 0.5).flatten()
+    # The same draws, up to the rounding of images near 0.5.
+    assert float((delta - exact).abs().max()) <= 0.5 * torch.finfo(dtype).eps + 1e-6
+
+
+def test_gradients_go_through_the_projection_as_through_clipping():
+    origin = torch.tensor([0.2, 0.5, 0.9]).view(1, 1, 1, 3)
+    x = torch.tensor([0.21, 0.9, 0.93]).view(1, 1, 1, 3).requires_grad_()
+    found = ThreatModel(eps=0.05).project(x, origin)
+    assert torch.equal(found.detach(), ThreatModel(eps=0.05).project(x.detach(), origin))
+    assert torch.autograd.grad(found.sum(), x)[0].flatten().tolist() == [1.0, 0.0, 1.0]
+
+
+# The lattice of 8-bit images.
+
+
+@settings(max_examples=100)
+@given(cases(), st.integers(1, 8))
+def test_a_projection_onto_the_lattice_lies_on_it_and_within_eps(case, bits):
+    levels = 2**bits - 1
+    origin = (case.origin * levels).round() / levels
+    threat = ThreatModel(norm=case.threat.norm, eps=case.threat.eps, bits=bits)
+    found = threat.project(case.x, origin)
+    steps = found.double() * levels
+    assert float((steps - steps.round()).abs().max()) < 1e-4
+    apart = (steps.round() - (origin.double() * levels).round()) / levels
+    assert bool((NORMS[threat.norm].size(apart) <= threat.eps * (1.0 + 1e-9)).all())
+    assert torch.equal(threat.project(found, origin), found)
+
+
+def test_all_of_eps_is_used_on_the_lattice_where_eps_is_a_step_of_it():
+    origin = torch.arange(256).view(1, 1, 16, 16) / 255
+    found = ThreatModel(eps="8/255", bits=8).project(origin + 1.0, origin)
+    assert torch.equal(found, (torch.arange(256) + 8).clamp(max=255).view(1, 1, 16, 16) / 255)
+
+
+def test_a_saved_picture_is_the_image_that_was_judged():
+    origin = torch.randint(256, (2, 3, 5, 5), generator=torch.Generator().manual_seed(0)) / 255
+    found = ThreatModel(norm="L2", eps=0.7, bits=8).project(origin + 0.1, origin)
+    assert torch.equal((found * 255).round().byte() / 255, found)
+    assert not torch.equal(found, origin)
+
+
+def test_images_off_the_lattice_are_refused():
+    threat = ThreatModel(eps=0.1, bits=8)
+    threat.check(torch.arange(4).view(1, 1, 2, 2) / 255)
+    with pytest.raises(UsageError, match="bits=8 the images must lie on that lattice"):
+        threat.check(torch.full((1, 1, 2, 2), 0.5))
+
+
+# An eps that means something else.
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps", "said"),
+    [("Linf", 8, "8/255"), ("Linf", 1.5, "1.5/255"), ("L2", 128, "128/255")],
+)
+def test_an_eps_beyond_the_box_is_refused_with_what_it_may_mean(norm, eps, said):
+    with pytest.raises(UsageError, match=f"did you mean {said}"):
+        ThreatModel(norm=norm, eps=eps).check(torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 1.0), ("L2", 55.0), ("L1", 3000.0)])
+def test_the_whole_box_may_be_allowed(norm, eps):
+    ThreatModel(norm=norm, eps=eps).check(torch.zeros(1, 3, 32, 32))

@@ -220,3 +220,53 @@ def test_a_verdict_may_be_sequential(run, tiny_defense, tmp_path) -> None:
     status, printed, _ = run(*small(tiny_defense, out, *more))
     assert status == 0
     assert "error level 0.05" in printed
+
+
+def test_an_eps_may_be_a_fraction_and_a_norm_in_any_case(run, tiny_defense, tmp_path) -> None:
+    out = tmp_path / "run"
+    status, printed, _ = run(*small(tiny_defense, out, "--eps", "8/255", "--norm", "linf"))
+    assert status == 0
+    assert "Linf 8/255" in printed
+    settings = tmp_path / "settings.toml"
+    settings.write_text('eps = "16/255"\nstep-size = 0.01\n')
+    words = small(tiny_defense, tmp_path / "other", "--config", settings)
+    status, printed, _ = run(*words)
+    assert status == 0
+    assert "Linf 16/255, 2 steps of 0.01" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--norm", "L2"), "digits has no customary eps in L2"),
+        (("--eps", "8"), "did you mean 8/255"),
+        (("--bits", 8), "bits=8 the images must lie on that lattice"),
+        (("--bits", 9), "from 1 to 8"),
+        (("--looks", "some"), "choose one of every, last"),
+        (("--loss", "towards(target=10)"), "needs a model of 11 classes"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anything_is_written(
+    run, tiny_defense, tmp_path, words, said
+) -> None:
+    out = tmp_path / "run"
+    status, _, err = run(*small(tiny_defense, out, *words))
+    assert status == 2
+    assert said in err
+    assert not out.exists()
+
+
+def test_looks_and_a_chosen_class_are_options(run, tiny_defense, tmp_path) -> None:
+    out = tmp_path / "run"
+    words = ("--looks", "last", "--loss", "towards(target=3)")
+    status, printed, _ = run(*small(tiny_defense, out, *words))
+    assert status == 0
+    assert "Only the images that an attack ends with are judged" in printed
+    records = pd.read_csv(out / "records.csv")
+    assert set(records["0 PGD-CE to class 3-2: predicted"]) <= set(range(10))
+
+
+def test_a_sweep_takes_fractions(run, tiny_defense, tmp_path) -> None:
+    out = tmp_path / "grid"
+    assert run(*small(tiny_defense, out, "--sweep", "eps=4/255,8/255"))[0] == 0
+    assert len([path for path in out.iterdir() if path.is_dir()]) == 2

@@ -6,7 +6,7 @@ from scipy.stats import binom
 
 from ebm_defense.attacks.base import Attack
 from ebm_defense.eval.reporting.flags.evidence import Evidence, Finding
-from ebm_defense.eval.storage.columns import CLEAN, LABEL, NATURAL, Kept
+from ebm_defense.eval.storage.columns import CLEAN, LABEL, NATURAL, UNDEFENDED_CLEAN, Kept
 
 SAME = 0.05
 """Difference of logits, in their standard deviations, that rounding may make."""
@@ -14,6 +14,7 @@ LEAST_COSINE = 0.1
 UNLIKELY = 0.05
 EACH = 2
 """Images a class that show how many classes there are."""
+HALF, HARDLY = 0.5, 1e-3
 
 
 def white_box(attack: Attack) -> bool:
@@ -123,3 +124,19 @@ def unbounded(e: Evidence) -> Finding:
                 "gradient and no bound",
                 e.using(name),
             )
+
+
+def destroys(e: Evidence) -> Finding:
+    """Find a purifier behind which most of what the classifier knew of clean images is lost."""
+    if UNDEFENDED_CLEAN not in e.records:
+        return
+    judged = CLEAN if CLEAN in e.records else NATURAL
+    bare, clean = (e.records[name] > HALF for name in (UNDEFENDED_CLEAN, judged))
+    lost, gained = int((bare & ~clean).sum()), int((~bare & clean).sum())
+    surely = binom.sf(lost - 1, lost + gained, 0.5) < HARDLY
+    if surely and clean.sum() < HALF * bare.sum():
+        yield (
+            f"of {len(e.records)} clean images {int(bare.sum())} are right without the purifier "
+            f"and {int(clean.sum())} behind it",
+            (),
+        )

@@ -65,6 +65,11 @@ FLAGS: dict[str, tuple[Callable[[Evidence], Finding], str]] = {
         attacks.not_flat,
         "The attack was stopped too early: give it more steps, until the curve is flat.",
     ),
+    "purifier destroys images": (
+        model.destroys,
+        "An energy must be low where images are likely, p(x) ∝ exp(−U(x)): try the other sign, "
+        "then fewer or smaller steps.",
+    ),
     "views differ": (
         attacks.views_differ,
         "The model behaves differently towards attack and judge, as one that detects the number of "

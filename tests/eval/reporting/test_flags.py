@@ -18,7 +18,7 @@ from torch import nn
 from ebm_defense import LangevinPurifier, PurifiedClassifier, Purifier
 from ebm_defense.attacks import PGD, Full, Proposal, Smoothed, Surrogate, ThreatModel, Transfer
 from ebm_defense.attacks.base import DirectCall, lenient
-from ebm_defense.attacks.gradients.base import Identity
+from ebm_defense.attacks.gradients.base import Identity, Purified, VjpGradient
 from ebm_defense.defense import as_defense
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
 from ebm_defense.eval import OneStage, Protocol, evaluate
@@ -184,21 +184,20 @@ class Aware(Purifier):
     stochastic = False
 
     def purify(self, images, noise):
-        return images
-
-    def forward(self, images, generator=None, *, noise=None):
         return images if torch.is_grad_enabled() else images.flip(-1)
 
 
 def test_a_defense_that_answers_otherwise_when_a_gradient_is_taken(images, labels):
     @dataclass(frozen=True, kw_only=True)
-    class Plain(Identity):
+    class Plain(VjpGradient):
         name: str = "plain"
 
         def purify(self, defense, images, keys):
             with torch.enable_grad():
-                found = defense.purify_replicates(images, keys)
-            return super().purify(defense, images, keys)._replace(images=found)
+                return Purified(defense.purify_replicates(images, keys), lambda g: g)
+
+        def chain_steps(self, defense, replicates=1):
+            return 0
 
     attack = replace(STRONG, gradient=Plain())
     defense = PurifiedClassifier(Linear(), Aware())
@@ -435,3 +434,26 @@ def test_a_flag_of_the_model_marks_its_rows(images, labels):
         judge_replicates=4,
     )
     assert report.to_text().count("defended [1]") == 2
+
+
+# A purifier that destroys.
+
+
+class Confidence(nn.Module):
+    """Low where the classifier is sure or, with the other sign, where it is not."""
+
+    def __init__(self, sign: float) -> None:
+        super().__init__()
+        self.inner, self.sign = Linear(), sign
+
+    def forward(self, x):
+        return -self.sign * self.inner((x + 1.0) / 2.0).logsumexp(1)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_an_energy_of_the_wrong_sign(images, labels, sign):
+    purifier = LangevinPurifier(Confidence(sign), 60, 0.02, 0.004, "fp32")
+    found = raised(PurifiedClassifier(Linear(), purifier), images, labels, STRONG)
+    assert ("purifier destroys images" in found) == (sign < 0)
+    if sign < 0:
+        assert "other sign" in found["purifier destroys images"].advice
