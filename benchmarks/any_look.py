@@ -21,13 +21,13 @@ import numpy as np
 import pandas as pd
 import torch
 from common import ROOT, Options, Result, main, table
-from ebm_defense.eval.reporting.plots import COLOURS
 from scipy.stats import norm
 from torch import Tensor, nn
 
 from ebm_defense import LangevinPurifier, PurifiedClassifier, QuadraticEnergy
 from ebm_defense.attacks import PGD, ThreatModel
 from ebm_defense.eval import Protocol, TwoStage, evaluate
+from ebm_defense.eval.reporting.figures.drawing import COLOURS
 from ebm_defense.files import atomic
 
 SHAPE, STEPS, LEFT, EPS = (1, 2, 2), 3, 0.9, 0.06
