@@ -26,7 +26,7 @@ from torch import nn
 from ebm_defense import load_data
 from ebm_defense.errors import UsageError
 from ebm_defense.eval import Report, evaluate, get_protocol
-from ebm_defense.eval.job import WORST_OF_ALL
+from ebm_defense.eval.storage.columns import WORST_OF_ALL
 from ebm_defense.files import load_tensors
 
 EPS, EXACT = 0.1, 0.676
