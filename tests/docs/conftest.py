@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import ebm_defense
-from ebm_defense import LangevinPurifier
+from ebm_defense import LangevinPurifier, PurifiedClassifier
 from ebm_defense import eval as judging
 from ebm_defense.data import Images
 
@@ -59,9 +59,9 @@ def small_evaluation(
         protocol = dataclasses.replace(chosen, attacks=tuple(map(small, chosen.attacks)))
     else:
         attacks = [small(attack) for attack in attacks]
-    # As many draws as one prediction of the defense averages are needed at least.
-    enough = max(DRAWS, getattr(model, "replicates", 1))
-    draws = min(options.pop("judge_replicates", None) or enough, enough)
+    if isinstance(model, PurifiedClassifier):
+        model.replicates = min(model.replicates, DRAWS)
+    draws = min(options.pop("judge_replicates", None) or DRAWS, DRAWS)
     return _evaluate(
         model, images, labels, protocol, attacks=attacks, judge_replicates=draws, **options
     )
