@@ -1,10 +1,11 @@
-"""The directives `names` and `commands`, and docstrings as this package writes them.
+"""Directives that document what the code holds, and docstrings as this package writes them.
 
     .. names:: ebm_defense.attacks
 
        PGD APGD
 
-documents each by autodoc as what it is, and `.. commands::` the command line.
+documents each by autodoc as what it is; `.. commands::` documents the command line, `.. flags::`
+every flag.
 
 Docstrings hold Markdown's code spans, in one backtick: the name of something public becomes a link
 to it, everything else is code.
@@ -29,6 +30,7 @@ from sphinx.util.logging import getLogger
 from sphinx.util.nodes import nested_parse_with_titles
 
 from ebm_defense.commands.main import COMMANDS
+from ebm_defense.eval.reporting.flags import FLAGS
 
 LOG = getLogger(__name__)
 UNSAID = ("", "None", "()", "False")
@@ -64,6 +66,17 @@ class Commands(SphinxDirective):
         found = nodes.container()
         # Headings, which a directive may not hold otherwise.
         nested_parse_with_titles(self.state, StringList(lines, self.env.docname), found)
+        return found.children
+
+
+class Flags(SphinxDirective):
+    """Document every flag by its name, with the advice that it gives."""
+
+    def run(self) -> list[nodes.Node]:
+        entries = ((name, entry[-1]) for name, entry in FLAGS.items())
+        lines = [w for name, advice in entries for w in (f"*{name}*", f"   {as_rst(advice)}", "")]
+        found = nodes.container()
+        self.state.nested_parse(StringList(lines, self.env.docname), self.content_offset, found)
         return found.children
 
 
@@ -175,6 +188,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """Tell Sphinx."""
     app.add_directive("names", Names)
     app.add_directive("commands", Commands)
+    app.add_directive("flags", Flags)
     # Before napoleon, which also listens, so that it finds no code span of ours.
     app.connect("autodoc-process-docstring", markdown_spans, priority=400)
     app.connect("autodoc-process-docstring", unknown_parameters, priority=600)
