@@ -25,8 +25,10 @@ from ebm_defense.commands.main import COMMANDS, main
 from ebm_defense.data import DATASETS, DataSet, Images
 from ebm_defense.data.sampling import in_memory
 from ebm_defense.defense import AVERAGES
+from ebm_defense.errors import UsageError
 from ebm_defense.eval import PROTOCOLS, Protocol, load_run
 from ebm_defense.eval.reporting.flags.registry import FLAGS
+from ebm_defense.eval.reporting.renderers import RENDERERS
 from ebm_defense.noise import Noise
 from ebm_defense.purifiers.registry import PURIFIERS
 
@@ -180,6 +182,22 @@ def test_a_flag(evaluated, monkeypatch) -> None:
     said, out = evaluated("--attack", "bpda")
     assert re.search(r"few images: 2 images\. Take more\.", said)
     assert "few images" in {flag.name for flag in load_run(out).flags}
+
+
+def test_a_table_format(evaluated, tmp_path, monkeypatch) -> None:
+    def bars(table):
+        rows = [table.head, *([cell.text for cell in row] for row in table.rows)]
+        return "\n".join("|".join(row) for row in rows)
+
+    monkeypatch.setitem(RENDERERS, "bars", bars)
+    _, out = evaluated("--attack", "bpda")
+    report = load_run(out)
+    report.write(tmp_path, "table", "bars")
+    head, *rows = (tmp_path / "table.bars").read_text().splitlines()
+    assert head.startswith("model|attack|")
+    assert [row.split("|")[0] for row in rows] == ["undefended"] * 2 + ["defended"] * 2
+    with pytest.raises(UsageError, match=r"choose one of text, .*bars"):
+        report.to("org")
 
 
 def test_an_average(evaluated, monkeypatch) -> None:

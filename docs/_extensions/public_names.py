@@ -30,7 +30,7 @@ from sphinx.util.logging import getLogger
 from sphinx.util.nodes import nested_parse_with_titles
 
 from ebm_defense.commands.main import COMMANDS
-from ebm_defense.eval.reporting.flags import FLAGS
+from ebm_defense.eval.reporting.flags.registry import FLAGS
 
 LOG = getLogger(__name__)
 UNSAID = ("", "None", "()", "False")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ebm_defense.errors import UsageError
 from ebm_defense.eval.reporting import latex
 from ebm_defense.eval.reporting.page import render
 from ebm_defense.eval.reporting.table import Cell, Table, plain_table
@@ -81,30 +82,40 @@ class Printable:
         """Return its numbers, unrounded."""
         raise NotImplementedError
 
+    def to(self, form: str) -> str:
+        """Return the table in a form by its name in `RENDERERS`; CSV holds unrounded numbers.
+
+        Raises:
+            UsageError: there is no such form.
+        """
+        if form not in RENDERERS:
+            raise UsageError(f"unknown form {form!r}; choose one of {', '.join(RENDERERS)}.")
+        return RENDERERS[form](plain_table(self.table()) if form == "csv" else self.printed())
+
     def to_text(self) -> str:
         """Return the table and its caption for a terminal; *stars* mark the best."""
-        return RENDERERS["text"](self.printed())
+        return self.to("text")
 
     def to_markdown(self) -> str:
         """Return the table and its caption as Markdown."""
-        return RENDERERS["markdown"](self.printed())
+        return self.to("markdown")
 
     def to_latex(self) -> str:
         """Return the table as LaTeX with booktabs, its caption included."""
-        return RENDERERS["latex"](self.printed())
+        return self.to("latex")
 
     def to_csv(self) -> str:
         """Return the table's numbers as CSV, unrounded."""
-        return RENDERERS["csv"](plain_table(self.table()))
+        return self.to("csv")
 
     def to_html(self) -> str:
         """Return the table and its caption as HTML."""
-        return RENDERERS["html"](self.printed())
+        return self.to("html")
 
     def write(self, folder: Path, stem: str, *forms: str) -> None:
         """Write the table into a folder, in each of these forms, by names in `RENDERERS`."""
         for form in forms:
-            write_text(folder / f"{stem}.{SUFFIXES[form]}", getattr(self, f"to_{form}")())
+            write_text(folder / f"{stem}.{SUFFIXES.get(form, form)}", self.to(form))
 
 
 def _inline(table: Table, bold: str) -> list[list[str]]:
