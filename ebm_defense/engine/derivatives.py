@@ -165,7 +165,20 @@ def _rounding(allowed: bool) -> Iterator[tuple[Any, str, Any]]:
         for switch in (cudnn, matmul, cudnn.conv):
             yield switch, "fp32_precision", "tf32" if allowed else "ieee"
     else:
-        yield from ((switch, "allow_tf32", allowed) for switch in (cudnn, matmul))
+        yield cudnn, "allow_tf32", allowed
+        yield _MatmulPrecision(), "word", "high" if allowed else "highest"
+
+
+class _MatmulPrecision:
+    """The precision of matrix products before torch 2.9: of its three words, TF32 may be two."""
+
+    @property
+    def word(self) -> str:
+        return torch.get_float32_matmul_precision()
+
+    @word.setter
+    def word(self, word: str) -> None:
+        torch.set_float32_matmul_precision(word)
 
 
 def _put_back(switch: Any, name: str, before: Any) -> None:

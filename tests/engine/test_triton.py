@@ -52,7 +52,7 @@ def signatures(maps: str, big: bool) -> dict[str, dict[str, str]]:
 @pytest.mark.parametrize("maps", TYPES)
 @pytest.mark.parametrize("kernel", signatures("*fp32", False))
 def test_each_kernel_compiles_for_gpus_that_are_not_here(kernel, maps, target, tmp_path):
-    import triton
+    triton = pytest.importorskip("triton", minversion="3.2")  # whose compiler is called otherwise
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

@@ -289,6 +289,7 @@ def gpus(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(cuda_graphs, "CAPTURES", cuda_graphs.Captures())
     monkeypatch.setattr(triton_kernels, "works", lambda device: False)
+    monkeypatch.setattr(triton_kernels, "VERSION", "none")
     monkeypatch.setattr(trust, "_failed", lambda device: frozenset())
     GPU.__dict__.update(
         current=0, recording=None, replays=0, captures=0, waited=[], peak=2**20, free=2**30
