@@ -242,7 +242,7 @@ def test_an_eps_may_be_a_fraction_and_a_norm_in_any_case(run, tiny_defense, tmp_
         (("--eps", "8"), "did you mean 8/255"),
         (("--bits", 8), "bits=8 the images must lie on that lattice"),
         (("--bits", 9), "from 1 to 8"),
-        (("--looks", "some"), "choose one of every, last"),
+        (("--looks", "some"), "choose one of selected, every, last"),
         (("--loss", "towards(target=10)"), "needs a model of 11 classes"),
     ],
 )
