@@ -17,6 +17,7 @@ from ebm_defense.eval.judging.statistics import (
     over_seeds,
     paired,
     share,
+    sign_flip,
     worst_of,
 )
 
@@ -262,3 +263,34 @@ def test_worst_of_is_unbiased(rate, draws, worst):
 def test_a_worst_that_cannot_be_estimated_is_refused(failures, draws, worst):
     with pytest.raises(UsageError, match="draws"):
         worst_of(failures, draws, worst)
+
+
+# Shares of predictions, two defenses on the same images.
+
+
+def test_the_sign_flip_test_of_verdicts_is_mcnemars():
+    first, second = pairs(4, 7, 2, 3)
+    differences = np.array(first) - np.array(second)
+    assert sign_flip(differences) == pytest.approx(mcnemar(7, 2))
+
+
+def test_the_sign_flip_test_keeps_its_level():
+    generator = np.random.default_rng(0)
+    found = [sign_flip(generator.normal(size=40).clip(-1, 1)) for _ in range(200)]
+    assert np.mean(np.array(found) < 0.05) <= 0.08
+    assert sign_flip(np.full(40, 0.1)) < 1e-3
+    assert sign_flip(np.zeros(5)) == 1.0
+
+
+def test_shares_are_compared_by_sign_flips_and_verdicts_by_mcnemar():
+    first, second = np.full(30, 0.8), np.full(30, 0.7)
+    assert paired(first, second).p_value == sign_flip(first - second)
+    assert paired(first, second).only_first == 30
+
+
+@given(st.lists(st.floats(0.0, 1.0), min_size=5, max_size=40))
+def test_the_bootstrap_of_shares_is_within_wilsons_reach(values):
+    wide, narrow = mean_share(values), mean_share(values, interval="bootstrap")
+    assert narrow.value == wide.value
+    assert 0.0 <= narrow.low <= narrow.high <= 1.0
+    assert narrow.high - narrow.low <= 1.35 * (wide.high - wide.low)
