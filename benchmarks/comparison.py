@@ -36,8 +36,8 @@ DEFENSES: dict[str, Callable[[], PurifiedClassifier]] = {
     "undefended": lambda: undefended("none"),
     "JPEG 75": lambda: undefended("jpeg:75"),
     "Gaussian noise": lambda: load_defense("fashion-mnist-gaussian", seed=0),
-    "EBM, LeakyReLU": lambda: load_defense("fashion-mnist", seed=0),
-    "EBM, smooth": lambda: load_defense("fashion-mnist-smooth", seed=0),
+    "EBM, long run": lambda: load_defense("fashion-mnist-longrun", seed=0),
+    "EBM, learned in front": lambda: load_defense("fashion-mnist", seed=0),
 }
 
 

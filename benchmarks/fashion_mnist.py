@@ -28,7 +28,7 @@ from ebm_defense.eval.storage.columns import WORST_OF_ALL, stands_column
 
 EPS = 0.1
 CONTROL = "fashion-mnist-gaussian"
-DEFENSES = ("fashion-mnist", "fashion-mnist-smooth", CONTROL)
+DEFENSES = ("fashion-mnist", "fashion-mnist-longrun", CONTROL)
 IMAGES = {"transfer": 1000, "bpda": 200}
 
 

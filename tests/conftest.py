@@ -95,7 +95,7 @@ def sample():
 @pytest.fixture
 def shipped():
     """Return the defense that ships, with short chains and few replicates for speed."""
-    return load_defense("fashion-mnist", steps=5, replicates=2, seed=0)
+    return load_defense("fashion-mnist-longrun", steps=5, replicates=2, seed=0)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from ebm_defense.precision.chains import (
 )
 from ebm_defense.precision.findings import keep, say_unknown, say_used
 
-NAMES = ["fashion-mnist", "fashion-mnist-smooth"]
+NAMES = ["fashion-mnist-longrun"]
 CHAIN = LangevinSettings(steps=4, step_size=0.05, temperature=0.0036)  # none ships for it
 
 
@@ -38,7 +38,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def energy():
-    return load_energy("fashion-mnist")
+    return load_energy("fashion-mnist-longrun")
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_a_finding_is_kept_and_covers_shorter_chains(energy, images):
 
 def test_what_a_finding_is_about(energy, images):
     key = finding_key(energy, images, CHAIN)
-    assert finding_key(load_energy("fashion-mnist"), images, CHAIN) == key
+    assert finding_key(load_energy("fashion-mnist-longrun"), images, CHAIN) == key
     longer = LangevinSettings(steps=9, step_size=0.05, temperature=0.0036)
     hotter = LangevinSettings(steps=4, step_size=0.05, temperature=0.004)
     assert finding_key(energy, images, longer) == key
@@ -176,7 +176,7 @@ def test_float64_small_energies_functions_and_nothing_are_never_looked_up(images
     small = nn.Sequential(nn.Flatten(), nn.Linear(784, 1), nn.Flatten(0))
     for energy in (small, lambda x: x.flatten(1).sum(1)):
         assert allowed_precision(energy, images, CHAIN) == "fp32"
-    big = load_energy("fashion-mnist")
+    big = load_energy("fashion-mnist-longrun")
     assert allowed_precision(big, images[:0], CHAIN) == "fp32"
     assert allowed_precision(big, images, LangevinSettings(steps=0)) == "fp32"
     assert LangevinPurifier(big).resolved_precision(images.double()) == "fp64"

@@ -103,7 +103,7 @@ def test_reseeding_the_global_generator_does_not_repeat_the_defenses_draws(shipp
 
 def test_autoattack_cannot_choose_the_defenses_draws(torchattacks, shipped, images, labels):
     make(torchattacks, "AutoAttack", shipped)(images, labels)
-    untouched = load_defense("fashion-mnist", steps=5, replicates=2, seed=0)
+    untouched = load_defense("fashion-mnist-longrun", steps=5, replicates=2, seed=0)
     untouched.calls = shipped.calls
     torch.manual_seed(1)
     assert torch.equal(shipped(images), untouched(images))
