@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from datetime import date
 from pathlib import Path
 
@@ -73,7 +73,9 @@ def test_every_script_is_one_benchmark_whose_options_parse(benchmark, script) ->
     common, module = benchmark("common"), benchmark(script)
     kinds = common.benchmarks_of(module)
     assert len(kinds) == 1
-    assert common.parse(kinds[0], ["--seed", "7"]).seed == 7
+    needed = [f.name for f in fields(kinds[0]) if f.default is MISSING]
+    words = [word for name in needed for word in (f"--{name.replace('_', '-')}", "x")]
+    assert common.parse(kinds[0], ["--seed", "7", *words]).seed == 7
 
 
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("*.md")), ids=lambda p: p.stem)
