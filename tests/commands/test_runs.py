@@ -58,7 +58,7 @@ def test_saved_images_are_judged_by_another_defense(run, finished, tiny_defense)
 
 def test_a_defense_that_has_changed_since_is_not_taken_for_the_runs(run, finished) -> None:
     command = finished / "command.toml"
-    command.write_text(f'{command.read_text()}purifier = "none"\n')
+    command.write_text(f'purifier = "none"\n{command.read_text()}')
     status, _, err = run("verify", finished)
     assert status == 2
     assert "other weights" in err
