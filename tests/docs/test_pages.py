@@ -76,3 +76,11 @@ def test_the_map_shows_every_folder_and_only_imports_that_go_down(script) -> Non
     assert shown == folders | {"its own files"}, "run python docs/map.py"
     order = list(house.BANDS)
     assert all(order.index(a.part) <= order.index(b.part) for a, b in house.edges())
+
+
+def test_the_results_show_every_model_card_and_result_file() -> None:
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    said = page + (ROOT / "docs" / "reading-a-verdict.md").read_text(encoding="utf-8") + README
+    files = [*ROOT.glob("checkpoints/*/README.md"), *ROOT.glob("benchmarks/results/*.md")]
+    assert len(files) > 10
+    assert not [str(f.relative_to(ROOT)) for f in files if str(f.relative_to(ROOT)) not in said]
