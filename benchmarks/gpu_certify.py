@@ -220,7 +220,8 @@ def memory(here: Here) -> Outcome:
 def _evaluation(here: Here, out: Path) -> list[object]:
     settings = {
         "defense": "fashion-mnist", "data": "fashion-mnist-sample", "images": 64, "steps": 2,
-        "replicates": 2, "judge-replicates": 16, "device": here.device.type, "out": out,
+        "replicates": 2, "judge-replicates": 16, "langevin-steps": 5,
+        "device": here.device.type, "out": out,
     }  # fmt: skip
     return ["evaluate", *(word for k, v in settings.items() for word in (f"--{k}", v))]
 
