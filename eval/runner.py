@@ -13,9 +13,7 @@ from ebm_defense.attacks.base import attack_replicates
 from ebm_defense.errors import UsageError
 from ebm_defense.eval import published, selected
 from ebm_defense.eval.job import Job, Meter, Part
-from ebm_defense.eval.judging.rules import AsDeployed
 from ebm_defense.eval.memory import chains_restored
-from ebm_defense.eval.protocols.protocol import SELECTED
 from ebm_defense.eval.storage.columns import IMAGE, LABEL, Columns
 from ebm_defense.eval.storage.run_folder import Done, MemoryStore, RunFolder, total
 from ebm_defense.eval.storage.settings import join
@@ -32,14 +30,9 @@ def planned_steps(job: Job) -> int:
 
     Attacks that are `open_ended` may cost more, as do verifications of every look.
     """
-    if judged_once(job):
+    if job.protocol.judged_once:
         return selected.planned_steps(job)
     return published.planned_steps(job)
-
-
-def judged_once(job: Job) -> bool:
-    """Return whether one image of each is judged, and that once; else as published."""
-    return job.protocol.looks == SELECTED or isinstance(job.protocol.verdict, AsDeployed)
 
 
 def run(
@@ -131,7 +124,7 @@ def run_shard(job: Job, ids: Sequence[int], meter: Meter) -> Done:
     """Evaluate the images of `ids`: undefended, clean, then each attack in the protocol's order."""
     meter.take()  # what a try that ran out of memory has cost is no cost of the images
     part = Part(job.images[list(ids)], job.labels[list(ids)], list(ids))
-    run_part = selected.run_selected if judged_once(job) else published.run_published
+    run_part = selected.run_selected if job.protocol.judged_once else published.run_published
     columns, adversarial = run_part(job, part, meter)
     numbers: Columns = {IMAGE: part.ids, LABEL: part.labels.tolist()}
     return Done((pd.DataFrame(numbers | columns), adversarial), meter.take())

@@ -17,6 +17,7 @@ from ebm_defense.eval.judging.rules import predicted_draws
 from ebm_defense.eval.judging.selection import Chosen, Selection, Selector, worst_place
 from ebm_defense.eval.storage.columns import (
     CLEAN,
+    NATURAL,
     UNDEFENDED_ATTACKED,
     UNDEFENDED_CLEAN,
     WORST_OF_ALL,
@@ -108,7 +109,8 @@ def _undefended(job: Job, bare: PurifiedClassifier, part: Part, meter: Meter) ->
 
 def _clean(job: Job, part: Part, meter: Meter) -> Columns:
     found = _judge(job, job.defense, part, "clean", meter)
-    return {CLEAN: found.stands.tolist(), **_columns(job, CLEAN, part, found)}
+    stands = found.stands.tolist()
+    return {CLEAN: stands, NATURAL: stands, **_columns(job, CLEAN, part, found)}
 
 
 def _judged(

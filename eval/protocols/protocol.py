@@ -101,6 +101,11 @@ class Protocol:
     def _complete(self) -> bool:
         return self.ensemble and {standard_kind(a) for a in self.attacks} >= STANDARD
 
+    @property
+    def judged_once(self) -> bool:
+        """Whether one image of each is selected and judged once; else as published."""
+        return self.looks == SELECTED or isinstance(self.verdict, AsDeployed)
+
     def fitting(self, classes: int, *, stochastic: bool = True) -> Protocol:
         """Return "standard" as it fits a model, and other protocols as they are.
 

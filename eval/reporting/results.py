@@ -146,7 +146,7 @@ class Results:
 
     def natural_column(self) -> str:
         """Return the column of the verdicts, by the protocol's own rule, on images as they were."""
-        return NATURAL if NATURAL in self.records else CLEAN
+        return CLEAN if self.judged_once() else NATURAL
 
     def passed_on(self) -> bool:
         """Return whether an attack got only what stood after those before it."""
@@ -154,4 +154,4 @@ class Results:
 
     def judged_once(self) -> bool:
         """Return whether one image of each was judged, and that once, by whatever rule."""
-        return NATURAL not in self.records
+        return self.protocol.judged_once

@@ -15,7 +15,7 @@ from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.engine.derivatives import vjp
 from ebm_defense.eval.job import Job
 from ebm_defense.eval.judging.check_model import check_model
-from ebm_defense.eval.runner import SHARD, judged_once, planned_steps, shards_at_once
+from ebm_defense.eval.runner import SHARD, planned_steps, shards_at_once
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers.base import SteppedPurifier
 from ebm_defense.runtime.timing import alternate, peak_memory, timed
@@ -62,9 +62,10 @@ def forecast(job: Job) -> str:
         rate = _rate(brief, whole, trials[-1], chains)
         unknown = [attack.name for attack in job.protocol.attacks if attack.open_ended]
         least = "at least " if unknown else ""
+        unsaid = "" if job.protocol.judged_once else ", verifications not counted"
         lines += [
             f"chain-steps: {least}{steps * images:,} if every image stands to the end"
-            f"{'' if judged_once(job) else ', verifications not counted'}{_depends(unknown)}",
+            f"{unsaid}{_depends(unknown)}",
             f"expected time: {least}{steps * images / rate / 3600:,.2f} h at {rate:,.4g} "
             f"chain-steps a second, classifier included, measured now{_tried(trials[-1], chains)}",
         ]

@@ -672,3 +672,16 @@ def test_the_cost_is_counted_by_phase(report, langevin_defense):
     assert report.chain_steps["PGD-3"] >= COUNT * least / 2
     assert report.chain_steps["worst of all"] >= COUNT * 5 * 6
     assert set(report.chain_steps) <= set(report.seconds)
+
+
+@pytest.mark.parametrize("protocol", ["quick", "hill2021"])
+def test_records_keep_the_verdict_on_natural_images_whatever_the_protocol(
+    protocol: str, langevin_defense
+) -> None:
+    defense = langevin_defense(steps=1, replicates=2)
+    images = torch.rand(4, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 0])
+    chosen = get_protocol(protocol, steps=1, replicates=2, judge_replicates=4, eps=0.1)
+    report = evaluate(defense, images, labels, chosen)
+    assert report.records["natural"].between(0, 1).all()
+    assert report.judged_once() == (protocol == "quick")

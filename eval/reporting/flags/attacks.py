@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import pandas as pd
 from scipy.stats import norm
 
 from ebm_defense.attacks import Transfer
@@ -49,7 +48,8 @@ def _ahead(e: Evidence, kind: Callable[[Attack], bool]) -> Finding:
         return
     # Of shares of predictions the least is the luckiest, which speaks for the white-box ones.
     stands = np.min([e.column(i, Kept.STANDS) for i in white], axis=0)
-    met = e.records.get(NATURAL, pd.Series(1, e.records.index)).to_numpy() == 1
+    once = e.protocol.judged_once
+    met = np.ones(len(stands), dtype=bool) if once else e.records[NATURAL].to_numpy() == 1
     for number in e.numbers(kind):
         ahead = (stands - e.column(number, Kept.STANDS).to_numpy())[met]
         alone, missed = ahead.clip(0).sum(), (-ahead).clip(0).sum()
