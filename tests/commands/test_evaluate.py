@@ -25,7 +25,7 @@ def test_a_run_prints_the_table_and_keeps_everything(run, tiny_defense, tmp_path
     out = tmp_path / "run"
     status, printed, _ = run(*small(tiny_defense, out))
     assert status == 0
-    for word in ("undefended", "defended", "BPDA", "Linf 0.1", "3 Langevin steps", str(out)):
+    for word in ("undefended", "defended", "smoothed", "Linf 0.1", "3 Langevin steps", str(out)):
         assert word in printed
     kept = {p.name for p in out.iterdir()}
     assert kept >= {
@@ -72,8 +72,10 @@ def test_dry_run_prints_the_cost_and_writes_nothing(run, tiny_defense, tmp_path)
     status, printed, _ = run(*small(tiny_defense, out, "--dry-run"))
     assert status == 0
     # 6 images × 3 Langevin steps × (3 clean + (2 attack steps + start) × 2 replicates + 16 draws of
-    # each of the three candidates + 2 of the chosen one as the attack sees it + 3 of the judge)
-    assert f"chain-steps: {6 * 3 * (3 + 3 * 2 + 3 * 16 + 2 + 3):,}" in printed
+    # each of the three candidates + 2 of the chosen one as the attack sees it + 3 of the judge),
+    # and 2 for the one product of each smoothed gradient
+    gradients = 6 * 2 * 2 * 2
+    assert f"chain-steps: {6 * 3 * (3 + 3 * 2 + 3 * 16 + 2 + 3) + gradients:,}" in printed
     assert "expected time" in printed
     assert "memory" in printed
     assert not out.exists()

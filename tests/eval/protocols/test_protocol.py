@@ -339,12 +339,12 @@ def test_a_perfect_classifier_with_random_errors_is_perfect_by_a_majority():
 
 
 def test_a_name_that_a_file_holds_is_the_classes_own_or_refused(tmp_path):
-    text = str(get_protocol("quick"))
+    text = str(get_protocol("hill2021"))
     assert 'name = "BPDA"' in text
     file = tmp_path / "p.toml"
     for old, new in (('name = "BPDA"\n', ""), ('name = "BPDA"', 'name = "BPDA"')):
         file.write_text(text.replace(old, new), encoding="utf-8")
-        assert load_protocol(file) == get_protocol("quick")
+        assert load_protocol(file) == get_protocol("hill2021")
     file.write_text(text.replace('name = "BPDA"', 'name = "full"'), encoding="utf-8")
     with pytest.raises(UsageError, match=r"gradient\.name: it is 'BPDA' and cannot be set"):
         load_protocol(file)
