@@ -40,18 +40,20 @@ class Entry(NamedTuple):
             takes the member's name first.
         summary: one line.
         source: where it was published.
+        limited: the norms that it keeps to; all there are, whoever added them, if none is named.
         fixed: settings of `make` that are not to be chosen, since the name says them.
     """
 
     make: Callable[..., Attack]
     summary: str
     source: str
+    limited: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
 
     @property
     def norms(self) -> tuple[str, ...]:
-        """The norms that it keeps to: ours keep to all there are, whoever added them."""
-        return tuple(NORMS)
+        """The norms that it keeps to."""
+        return self.limited or tuple(NORMS)
 
 
 def transfer(

@@ -53,12 +53,13 @@ def load_defense(name: str | Path = "fashion-mnist", **options: Any) -> Purified
     bare = settings.undefended
     chain = {k: options.pop(k, None) for k in CHAIN_OPTIONS}
     defaults: dict[str, Any] = {"replicates": settings.replicates, "average": settings.average}
-    return PurifiedClassifier(
+    loaded = PurifiedClassifier(
         _classifier(folder / CLASSIFIER, settings.classifier),
         _purifier(folder, settings.purifier, chain),
         undefended=None if bare is None else _classifier(folder / UNDEFENDED, bare),
         **(defaults | options),
     )
+    return loaded.eval()
 
 
 def load_purifier(name: str | Path = "fashion-mnist", **options: Any) -> Purifier:

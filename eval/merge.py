@@ -12,6 +12,7 @@ from ebm_defense.eval.protocols.protocol import restore_protocol
 from ebm_defense.eval.reporting.report import Report, report_of
 from ebm_defense.eval.runner import SHARD, gather
 from ebm_defense.eval.storage.run_folder import (
+    BEHAVIOUR,
     DATA,
     ENVIRONMENT,
     SETTINGS,
@@ -42,8 +43,9 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> Report:
     settings = _agreed_settings(folders)
     shards = _each_once(folders, settings["data"]["images"])
     protocol = restore_protocol(settings["protocol"])
-    data = load_tensors(folders[0] / DATA)
-    with RunFolder(out, settings, data).claimed() as whole:
+    data, behaved = load_tensors(folders[0] / DATA), folders[0] / BEHAVIOUR
+    behaviour = load_tensors(behaved) if behaved.exists() else None
+    with RunFolder(out, settings, data, behaviour=behaviour).claimed() as whole:
         done = gather([_copy(folder, start, whole) for start, folder in shards.items()])
         sanity_checks = load_sanity_checks(folders[0])
         report = report_of(done, settings, protocol, data["images"], sanity_checks)

@@ -484,7 +484,7 @@ def test_published_files_in_each_others_place_are_refused(published, tmp_path):
 def test_a_published_file_that_is_absent_is_named(tmp_path):
     with pytest.raises(UsageError, match="does not exist") as error:
         import_published_cifar10(tmp_path / "ebm.pth", tmp_path / "clf.pth", tmp_path / "d")
-    assert_one_sentence(error, "ebm.pth")
+    assert_one_sentence(error, "clf.pth")
 
 
 # A model zoo's classifier

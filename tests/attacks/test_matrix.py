@@ -15,7 +15,7 @@ from ebm_defense.attacks.spec import parse
 EPS = {"Linf": 0.05, "L2": 0.3, "L1": 0.8}
 SMALL = {"steps": 2, "replicates": 2, "restarts": 1, "targets": 2, "review": 1}
 CHEAP = {"surrogate": "surrogate(steps=1)", "score-free": "score-free(samples=2)"}
-PULLBACKS = {"bpda", "full", "smoothed"}
+PULLBACKS = {"auto", "bpda", "full", "smoothed"}
 GRADIENTS_OF = {"diffhammer": PULLBACKS, "spsa": {"score-free"}}
 LEFT_OUT = None
 

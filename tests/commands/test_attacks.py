@@ -79,7 +79,10 @@ def test_a_settings_file_holds_attacks(run, tiny_defense, tmp_path) -> None:
         (("--attack", "foolbox:LinfPDG"), "near it are LinfPGD"),
         (("--attack", "pgd(stepz=1)"), "takes no 'stepz'"),
         (("--attack", "bpda", "--gradient", "bpda"), "no attack here takes a gradient"),
-        (("--attack", "art:DeepFool", "--norm", "L2", "--steps", 3), "takes a steps"),
+        (
+            ("--attack", "art:DeepFool", "--norm", "L2", "--eps", 1, "--steps", 3),
+            "takes a steps",
+        ),
         (("--gradient", "magic"), "unknown gradient 'magic'"),
         (("--loss", "magic"), "unknown loss 'magic'"),
         (("--attack", "advgan:nowhere"), "train-advgan"),
@@ -115,8 +118,9 @@ def test_advgan_is_trained_resumed_and_judged(run, tiny_defense, tmp_path) -> No
 
 
 def test_advgan_against_the_bare_classifier_in_l2(run, tiny_defense, tmp_path) -> None:
-    words = (*ADVGAN, "--defense", tiny_defense, "--against", "classifier", "--norm", "L2")
-    assert run(*words, "--eps", 1.0, "--updates", 1, "--out", tmp_path / "gan")[0] == 0
+    threat = ("--norm", "L2", "--eps", 1.0)
+    words = (*ADVGAN, "--defense", tiny_defense, "--against", "classifier", *threat)
+    assert run(*words, "--updates", 1, "--out", tmp_path / "gan")[0] == 0
     status, _, err = run(*words, "--gradient", "magic", "--out", tmp_path / "other")
     assert status == 2
     assert "unknown gradient" in err

@@ -183,7 +183,7 @@ def test_evaluate_takes_a_scale_on_the_command_line(run, here) -> None:
         *("evaluate", "--classifier", spec, "--mean", 0.5, 0.4, 0.3, "--std", 0.2, 0.2, 0.2),
         *("--purifier", "gaussian:0.1", "--data", "folder", "--data-root", root, *QUICK),
     )
-    assert run(*words, "--out", "run")[0] == 0
+    assert run(*words, "--judge-replicates", 16, "--out", "run")[0] == 0
 
 
 def test_a_zoos_checkpoint_is_imported_and_its_hours_told(run, tmp_path: Path) -> None:

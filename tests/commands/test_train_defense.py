@@ -102,7 +102,7 @@ def test_the_recipe_for_cifar10_runs_end_to_end_on_200_random_images(run, tmp_pa
     assert status == 0
     status, out, _ = run(
         "evaluate", "--defense", tmp_path / "more" / "defense", "--data", "cifar10", "--images", 2,
-        "--steps", 1, "--replicates", 1, "--judge-replicates", 1, "--out", tmp_path / "run",
+        "--steps", 1, "--replicates", 1, "--judge-replicates", 16, "--out", tmp_path / "run",
     )  # fmt: skip
     assert status == 0
 

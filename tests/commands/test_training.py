@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from ebm_defense import load_energy
 from ebm_defense.files import save_tensors
 from ebm_defense.folders import read_settings
 
@@ -122,10 +123,9 @@ def test_assemble_takes_the_activation_that_the_energy_was_trained_with(run, tmp
     weights = tmp_path / "e" / "energy.safetensors"
     words = ("assemble", "--classifier", tmp_path / "c" / "classifier.safetensors", "--steps", 2)
     assert run(*words, "--energy", weights, "--out", tmp_path / "d")[0] == 0
-    settings = read_settings(tmp_path / "d")
-    assert settings.energy is not None
-    assert (settings.energy.activation, settings.energy.image_size) == ("soft_lrelu", 8)
-    assert settings.data == "digits"
+    energy = load_energy(tmp_path / "d").settings
+    assert (energy.activation, energy.image_size) == ("soft_lrelu", 8)
+    assert read_settings(tmp_path / "d").data == "digits"
     wrong = run(*words, "--energy", weights, "--activation", "leaky_relu", "--out", tmp_path / "x")
     assert wrong[0] == 2
     assert "was trained with activation soft_lrelu" in wrong[2]

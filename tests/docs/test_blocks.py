@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from ebm_defense.attacks import ATTACKS, GRADIENTS, LOSSES
 from ebm_defense.commands import evaluate as evaluate_command
 from ebm_defense.commands.main import COMMANDS, parse
 from ebm_defense.data import DATASETS, open_data
 from ebm_defense.folders import shipped_folder
+from ebm_defense.purifiers.registry import PURIFIERS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -31,6 +33,8 @@ FENCE = re.compile(
 )
 FILE = re.compile(r"# ([\w-]+\.(?:py|toml))\n")
 DIRECTIVE = re.compile(r"\{[\w-]+\}")
+REGISTRIES: tuple[dict[str, Any], ...] = (ATTACKS, GRADIENTS, LOSSES, PURIFIERS)
+"""What the documentation adds entries to."""
 SHOWN = ("text", "latex", "csv")
 """What is shown and not run: output."""
 
@@ -70,8 +74,11 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], 
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     shutil.copytree(shipped_folder() / "fashion-mnist", tmp_path / "my-defense")
-    before = set(sys.modules)
+    before, registered = set(sys.modules), [(r, dict(r)) for r in REGISTRIES]
     yield write
+    for registry, entries in registered:
+        registry.clear()
+        registry.update(entries)
     for name in set(sys.modules) - before:
         if (tmp_path / f"{name}.py").exists():
             del sys.modules[name]

@@ -123,7 +123,7 @@ def test_gradients_are_made_from_their_names_and_settings():
         ("magic", "unknown gradient 'magic'"),
         ("full(depth=3)", "takes no 'depth'"),
         ("smoothed(width)", "plain values"),
-        ("smoothed(width='wide')", "do not fit"),
+        ("smoothed(width='wide')", "must be a number"),
         ("smoothed(stride=-1)", "stride"),
         ("surrogate(steps=5, through='magic')", "unknown gradient"),
     ],
