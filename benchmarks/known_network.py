@@ -83,7 +83,7 @@ def network(weights: Path) -> nn.Module:
 
 def rows(report: Report) -> Iterator[dict[str, Any]]:
     """Yield what stands, of the images as they are and after each attack on what stood before."""
-    yield {"attack": "none", **accuracy(report.share("clean"), "accuracy %")}
+    yield {"attack": "clean", **accuracy(report.share("clean"), "accuracy %")}
     for number, attack in enumerate(report.protocol.attacks):
         yield {"attack": attack.name, **accuracy(report.robust(number), "accuracy %")}
     yield {"attack": WORST_OF_ALL, **accuracy(report.robust(), "accuracy %")}
