@@ -28,16 +28,16 @@ from ebm_defense.data import customary_eps
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.eval import Protocol, Report, evaluate, get_protocol, load_protocol
-from ebm_defense.eval.job import Job
 from ebm_defense.eval.load_run import load_run
 from ebm_defense.eval.protocols.overrides import override
 from ebm_defense.eval.reporting.captions import attack_caption
 from ebm_defense.eval.reporting.compare import compare
 from ebm_defense.eval.reporting.figures.pictures import draw_strip, purification_rows
+from ebm_defense.eval.running.job import Job
+from ebm_defense.eval.running.workers import Workers
 from ebm_defense.eval.speed.forecast import forecast
 from ebm_defense.eval.storage.columns import attack_column
 from ebm_defense.eval.storage.settings import default_folder
-from ebm_defense.eval.workers import Workers
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.purifiers.base import Purifier
 from ebm_defense.purifiers.langevin import LangevinPurifier

@@ -15,7 +15,7 @@ from ebm_defense.eval.reporting.flags.evidence import Flag
 from ebm_defense.eval.reporting.report import Report
 from ebm_defense.eval.reporting.verification import Verification
 from ebm_defense.eval.reverify import reverify
-from ebm_defense.eval.workers import Workers
+from ebm_defense.eval.running.workers import Workers
 
 __all__ = [
     "PROTOCOLS",

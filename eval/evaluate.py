@@ -14,7 +14,6 @@ from ebm_defense.attacks.base import Attack
 from ebm_defense.attacks.gradients.registry import choose_auto
 from ebm_defense.defense import as_defense
 from ebm_defense.errors import UsageError
-from ebm_defense.eval.job import Job
 from ebm_defense.eval.judging.check_model import check_model
 from ebm_defense.eval.judging.judge import refuse_few
 from ebm_defense.eval.judging.sanity_checks import (
@@ -22,7 +21,6 @@ from ebm_defense.eval.judging.sanity_checks import (
     run_sanity_checks,
     save_sanity_checks,
 )
-from ebm_defense.eval.memory import chains_restored
 from ebm_defense.eval.protocols.protocol import (
     SELECTED,
     Protocol,
@@ -31,11 +29,13 @@ from ebm_defense.eval.protocols.protocol import (
 )
 from ebm_defense.eval.reporting.flags.registry import log_flags
 from ebm_defense.eval.reporting.report import Report, report_of
-from ebm_defense.eval.runner import planned_steps, run
+from ebm_defense.eval.running.job import Job
+from ebm_defense.eval.running.memory import chains_restored
+from ebm_defense.eval.running.runner import planned_steps, run
+from ebm_defense.eval.running.workers import ALONE, Workers
 from ebm_defense.eval.storage.behaviour import behaviour
 from ebm_defense.eval.storage.run_folder import SETTINGS, Done, MemoryStore, RunFolder, read_toml
 from ebm_defense.eval.storage.settings import settings_of
-from ebm_defense.eval.workers import ALONE, Workers
 from ebm_defense.inputs import read_batch
 from ebm_defense.modes import evaluating
 from ebm_defense.numbers import whole

@@ -10,7 +10,7 @@ from ebm_defense.errors import UsageError
 from ebm_defense.eval.judging.sanity_checks import load_sanity_checks, save_sanity_checks
 from ebm_defense.eval.protocols.protocol import restore_protocol
 from ebm_defense.eval.reporting.report import Report, report_of
-from ebm_defense.eval.runner import SHARD, gather
+from ebm_defense.eval.running.runner import SHARD, gather
 from ebm_defense.eval.storage.run_folder import (
     BEHAVIOUR,
     DATA,

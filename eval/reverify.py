@@ -15,11 +15,11 @@ from ebm_defense.errors import UsageError
 from ebm_defense.eval.judging.check_model import check_model
 from ebm_defense.eval.judging.judge import Judgement, Stream, judge_once, refuse_few
 from ebm_defense.eval.judging.rules import AsDeployed, OneStage, Rule, predicted_draws
-from ebm_defense.eval.memory import chains_restored
 from ebm_defense.eval.reporting.captions import attack_title
 from ebm_defense.eval.reporting.report import Report
 from ebm_defense.eval.reporting.verification import Verification
-from ebm_defense.eval.runner import SHARD
+from ebm_defense.eval.running.memory import chains_restored
+from ebm_defense.eval.running.runner import SHARD
 from ebm_defense.eval.storage.columns import (
     CLEAN,
     IMAGE,

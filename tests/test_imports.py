@@ -62,7 +62,7 @@ def files_imported(path: Path, files: dict[str, Path]) -> set[Path]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            # A name may be a module of its own: from ebm_defense.eval import runner.
+            # A name may be a module of its own: from ebm_defense.eval.running import runner.
             inside = [f"{node.module}.{alias.name}" for alias in node.names]
             names = [name if name in files else node.module for name in inside]
         else:

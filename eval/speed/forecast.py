@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.engine.derivatives import vjp
-from ebm_defense.eval.job import Job
 from ebm_defense.eval.judging.check_model import check_model
-from ebm_defense.eval.runner import SHARD, planned_steps, shards_at_once
+from ebm_defense.eval.running.job import Job
+from ebm_defense.eval.running.runner import SHARD, planned_steps, shards_at_once
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers.base import SteppedPurifier
 from ebm_defense.runtime.timing import alternate, peak_memory, timed

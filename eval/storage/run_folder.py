@@ -15,9 +15,9 @@ import tomli_w
 from torch import Tensor
 
 from ebm_defense.errors import UsageError
+from ebm_defense.eval.running.workers import ALONE, POLL, LostWorkerError, Watch, Workers, hold
 from ebm_defense.eval.storage.behaviour import Answers, refuse_another
 from ebm_defense.eval.storage.settings import Shard, environment
-from ebm_defense.eval.workers import ALONE, POLL, LostWorkerError, Watch, Workers, hold
 from ebm_defense.files import load_tensors, save_tensors, writable_folder, write_text
 from ebm_defense.folders import sha256
 

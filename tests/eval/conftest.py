@@ -84,9 +84,9 @@ class Small(NamedTuple):
 
 @pytest.fixture
 def small(langevin_defense, monkeypatch) -> Small:
-    for name in ("runner", "merge"):
+    for name in ("running.runner", "merge"):
         monkeypatch.setattr(importlib.import_module(f"ebm_defense.eval.{name}"), "SHARD", 2)
-    runner = importlib.import_module("ebm_defense.eval.runner")
+    runner = importlib.import_module("ebm_defense.eval.running.runner")
     monkeypatch.setattr(runner, "shards_at_once", lambda job: 1)
     generator = torch.Generator().manual_seed(5)
     images = torch.rand((COUNT, 1, 8, 8), generator=generator, dtype=torch.float64)

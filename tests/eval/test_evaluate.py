@@ -17,7 +17,7 @@ from ebm_defense.eval import Protocol, TwoStage, evaluate, get_protocol
 from ebm_defense.eval.reporting import latex
 from ebm_defense.files import load_tensors
 
-runner = importlib.import_module("ebm_defense.eval.runner")
+runner = importlib.import_module("ebm_defense.eval.running.runner")
 
 THREAT = ThreatModel(eps=8 / 255)
 ATTACK = PGD(threat=THREAT, steps=3, step_size=4 / 255, replicates=2)

@@ -9,7 +9,8 @@ from torch import nn
 from ebm_defense import ConvEnergy, ConvEnergySettings, LangevinPurifier, PurifiedClassifier
 from ebm_defense.attacks import PGD, Full, Identity, Smoothed, ThreatModel
 from ebm_defense.engine import cuda_graphs
-from ebm_defense.eval import Protocol, runner
+from ebm_defense.eval import Protocol
+from ebm_defense.eval.running import runner
 from ebm_defense.noise import chain_keys
 from ebm_defense.runtime import packing
 

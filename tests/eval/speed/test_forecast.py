@@ -9,8 +9,8 @@ from torch import nn
 from ebm_defense import LangevinPurifier, PurifiedClassifier, Purifier
 from ebm_defense.attacks import PGD, ThreatModel
 from ebm_defense.eval import Protocol
-from ebm_defense.eval.job import Job
-from ebm_defense.eval.runner import planned_steps
+from ebm_defense.eval.running.job import Job
+from ebm_defense.eval.running.runner import planned_steps
 from ebm_defense.eval.speed.forecast import forecast
 from ebm_defense.purifiers.baselines import GaussianNoise
 

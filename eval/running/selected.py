@@ -10,11 +10,11 @@ from torch import Tensor
 from ebm_defense.attacks.base import Attack, attack_replicates
 from ebm_defense.attacks.session import refuse_nan
 from ebm_defense.defense import PurifiedClassifier
-from ebm_defense.eval.job import Job, Meter, Part
 from ebm_defense.eval.judging.definitions import definition_columns
 from ebm_defense.eval.judging.judge import Judgement, draw_logits, judge_once
 from ebm_defense.eval.judging.rules import predicted_draws
 from ebm_defense.eval.judging.selection import Chosen, Selection, Selector, worst_place
+from ebm_defense.eval.running.job import Job, Meter, Part
 from ebm_defense.eval.storage.columns import (
     CLEAN,
     NATURAL,

@@ -16,10 +16,10 @@ from ebm_defense.attacks.base import Attack, Proposal, attack_replicates, cost, 
 from ebm_defense.attacks.session import refuse_nan
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
-from ebm_defense.eval.job import Job, Meter, Part
 from ebm_defense.eval.judging.definitions import definition_columns
 from ebm_defense.eval.judging.judge import Judge, Stream, Verdict, draw_logits, uncounted
 from ebm_defense.eval.judging.rules import predicted_draws
+from ebm_defense.eval.running.job import Job, Meter, Part
 from ebm_defense.eval.storage.columns import (
     CLEAN,
     CLEAN_VOTES,

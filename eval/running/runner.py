@@ -11,13 +11,13 @@ import pandas as pd
 
 from ebm_defense.attacks.base import attack_replicates
 from ebm_defense.errors import UsageError
-from ebm_defense.eval import published, selected
-from ebm_defense.eval.job import Job, Meter, Part
-from ebm_defense.eval.memory import chains_restored
+from ebm_defense.eval.running import published, selected
+from ebm_defense.eval.running.job import Job, Meter, Part
+from ebm_defense.eval.running.memory import chains_restored
+from ebm_defense.eval.running.workers import ALONE, Workers
 from ebm_defense.eval.storage.columns import IMAGE, LABEL, Columns
 from ebm_defense.eval.storage.run_folder import Done, MemoryStore, RunFolder, total
 from ebm_defense.eval.storage.settings import join
-from ebm_defense.eval.workers import ALONE, Workers
 
 SHARD = 32
 STEPS_AT_RISK = 500_000_000

@@ -23,7 +23,7 @@ from ebm_defense.attacks import (
 from ebm_defense.eval import OneStage, Protocol, evaluate
 from ebm_defense.eval.storage.run_folder import MemoryStore
 
-runner = importlib.import_module("ebm_defense.eval.runner")
+runner = importlib.import_module("ebm_defense.eval.running.runner")
 
 THREAT = ThreatModel(eps=0.02)
 COMMON = {"threat": THREAT, "replicates": 2}

@@ -13,10 +13,10 @@ from torch import nn
 
 from ebm_defense import UsageError
 from ebm_defense.eval.merge import merge
-from ebm_defense.eval.workers import LostWorkerError, Workers, hold, is_held
+from ebm_defense.eval.running.workers import LostWorkerError, Workers, hold, is_held
 
-workers_module = importlib.import_module("ebm_defense.eval.workers")
-runner = importlib.import_module("ebm_defense.eval.runner")
+workers_module = importlib.import_module("ebm_defense.eval.running.workers")
+runner = importlib.import_module("ebm_defense.eval.running.runner")
 
 
 # Who does what.
