@@ -12,9 +12,9 @@ from ebm_defense.attacks.model_checks import classes_of, needs_gradient, refuse_
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
-from ebm_defense.inputs import read_batch
-from ebm_defense.modes import evaluating
-from ebm_defense.numbers import whole
+from ebm_defense.interface.inputs import read_batch
+from ebm_defense.interface.modes import evaluating
+from ebm_defense.interface.numbers import whole
 
 
 class Proposal(NamedTuple):

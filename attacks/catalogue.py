@@ -25,7 +25,7 @@ from ebm_defense.attacks.optimisers.spsa import SPSA
 from ebm_defense.attacks.optimisers.square import Square
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.errors import UsageError
-from ebm_defense.weights import load_defense
+from ebm_defense.storage.weights import load_defense
 
 STEPS_ACROSS_EPS = 4  # the published step is 2/255 at eps 8/255
 FACTORS: dict[str, Mapping[str, Callable[..., Any]]] = {"gradient": GRADIENTS, "loss": LOSSES}

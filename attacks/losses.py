@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ebm_defense.defense import AVERAGES
 from ebm_defense.errors import UsageError
-from ebm_defense.numbers import plain_numbers
+from ebm_defense.interface.numbers import plain_numbers
 
 _TINY = 1e-12
 REPLICATES = "replicates"

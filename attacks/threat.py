@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ebm_defense.attacks.norms import NORMS, Bound, exact_dtype, norm_name, per_image
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 from ebm_defense.noise import KeyedNoise, working_dtype
-from ebm_defense.numbers import plain_numbers
 
 _SLACK = 1e-12
 """By what share float64's own rounding may miss eps, or a point of the lattice."""

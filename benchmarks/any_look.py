@@ -28,7 +28,7 @@ from ebm_defense import LangevinPurifier, PurifiedClassifier, QuadraticEnergy
 from ebm_defense.attacks import PGD, ThreatModel
 from ebm_defense.eval import Protocol, TwoStage, evaluate
 from ebm_defense.eval.reporting.figures.drawing import COLOURS
-from ebm_defense.files import atomic
+from ebm_defense.storage.files import atomic
 
 SHAPE, STEPS, LEFT, EPS = (1, 2, 2), 3, 0.9, 0.06
 PREDICTED, PREDICTIONS = 16, 9

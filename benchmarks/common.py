@@ -26,8 +26,8 @@ from ebm_defense.eval.judging.statistics import Share
 from ebm_defense.eval.reporting.renderers import RENDERERS
 from ebm_defense.eval.reporting.table import interval, percent, plain_table
 from ebm_defense.eval.storage.settings import environment
-from ebm_defense.files import writable_folder, write_text
 from ebm_defense.runtime.memory import keep_freed_memory
+from ebm_defense.storage.files import writable_folder, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

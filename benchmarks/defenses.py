@@ -20,12 +20,12 @@ from ebm_defense.attacks.training import InputPerturbation
 from ebm_defense.data import load_data
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.eval.judging.statistics import mcnemar, share
-from ebm_defense.files import save_state
 from ebm_defense.learning.batches import generator_of
 from ebm_defense.learning.chain import LearnedChain
 from ebm_defense.learning.objectives import cross_entropy, margin
 from ebm_defense.noise import GeneratorNoise, chain_keys
-from ebm_defense.weights import load_defense
+from ebm_defense.storage.files import save_state
+from ebm_defense.storage.weights import load_defense
 
 CONTROL = "fashion-mnist-adversarial"
 LOSSES = {"CE": cross_entropy, "margin": margin}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from common import Options, Result, main
 
-from ebm_defense.commands.evaluate import Evaluate
+from ebm_defense.commands.evaluation.evaluate import Evaluate
 from ebm_defense.eval import load_run
 
 

@@ -27,7 +27,7 @@ from ebm_defense import load_data
 from ebm_defense.errors import UsageError
 from ebm_defense.eval import Report, evaluate, get_protocol
 from ebm_defense.eval.storage.columns import WORST_OF_ALL
-from ebm_defense.files import load_tensors
+from ebm_defense.storage.files import load_tensors
 
 EPS, EXACT = 0.1, 0.676
 """The published accuracy is of the first 1,000 test images."""

@@ -20,12 +20,12 @@ import torch
 from common import Options, Result, main
 
 from ebm_defense import load_data, load_defense
-from ebm_defense.commands.precision import compare_precisions
-from ebm_defense.files import write_text
-from ebm_defense.folders import shipped
+from ebm_defense.commands.machine.precision import compare_precisions
 from ebm_defense.precision.chains import Finding
 from ebm_defense.precision.classifiers import Agreement
 from ebm_defense.precision.findings import SHOWN
+from ebm_defense.storage.files import write_text
+from ebm_defense.storage.folders import shipped
 
 FILE = Path(__file__).parent.parent / "ebm_defense" / "precision" / SHOWN
 

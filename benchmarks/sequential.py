@@ -27,7 +27,7 @@ from ebm_defense.eval.judging.judge import Stream, draw_logits
 from ebm_defense.eval.judging.rules import has_majority
 from ebm_defense.eval.judging.sequential import Sequential
 from ebm_defense.eval.judging.statistics import share
-from ebm_defense.files import atomic, writable_folder
+from ebm_defense.storage.files import atomic, writable_folder
 
 EPS = 0.1
 

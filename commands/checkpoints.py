@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 import tyro
 
 from ebm_defense.errors import UsageError
-from ebm_defense.folders import find_folder, shipped, verify
-from ebm_defense.weights import import_published_cifar10, import_zoo_cifar10
+from ebm_defense.storage.folders import find_folder, shipped, verify
+from ebm_defense.storage.weights import import_published_cifar10, import_zoo_cifar10
 
 PUBLISHED_CIFAR10, ZOO = "ebm-defense-cifar10", "robustbench"
 

@@ -14,14 +14,12 @@ import torch
 import tyro
 
 from ebm_defense.attacks import PGD, ThreatModel
-from ebm_defense.commands.options import Device, Fraction, resolve_device
+from ebm_defense.commands.options.shared import Device, Fraction, resolve_device
 from ebm_defense.data import customary_eps, load_data
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.purification_curve import Point, purification_curve, recommend
 from ebm_defense.eval.reporting.figures.diagnosis import draw_diagnosis
-from ebm_defense.files import load_tensors, writable_folder, write_text
-from ebm_defense.folders import ENERGY
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.learning.convergence import (
     METASTABLE,
@@ -31,8 +29,10 @@ from ebm_defense.learning.convergence import (
     long_runs,
 )
 from ebm_defense.purifiers.langevin import LangevinPurifier
-from ebm_defense.state_dicts import load_weights
-from ebm_defense.weights import load_defense, load_energy, load_purifier
+from ebm_defense.storage.files import load_tensors, writable_folder, write_text
+from ebm_defense.storage.folders import ENERGY
+from ebm_defense.storage.state_dicts import load_weights
+from ebm_defense.storage.weights import load_defense, load_energy, load_purifier
 
 SETTINGS, HISTORY, PAGE, FOUND = "settings.toml", "history.csv", "diagnosis.png", "diagnosis.toml"
 

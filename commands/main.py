@@ -27,30 +27,54 @@ class Entry(NamedTuple):
 
 
 COMMANDS: dict[str, Entry] = {
-    "evaluate": Entry("evaluate", "Evaluate", "attack a defense, judge it, print the table"),
-    "audit": Entry("audit", "AuditCommand", "ask whether a defense only hides its gradient"),
-    "attacks": Entry("attacks", "Attacks", "list every attack by name, with its cost"),
-    "rank-attacks": Entry("rank_attacks", "RankAttacks", "rank every attack on a defense"),
-    "corruptions": Entry("corruptions", "Corruptions", "measure a defense on common corruptions"),
-    "signal": Entry("signal", "SignalCommand", "show how many replicates a gradient needs"),
-    "merge": Entry("merge", "Merge", "put the parts of a run together that --shard made"),
-    "verify": Entry("verify", "Verify", "judge a run's saved adversarial images again"),
-    "compare": Entry("compare", "Compare", "one table and figures of several runs"),
-    "report": Entry("report", "WriteReport", "one HTML page of a run"),
+    "evaluate": Entry(
+        "evaluation.evaluate", "Evaluate", "attack a defense, judge it, print the table"
+    ),
+    "audit": Entry(
+        "evaluation.audit", "AuditCommand", "ask whether a defense only hides its gradient"
+    ),
+    "attacks": Entry("evaluation.attacks", "Attacks", "list every attack by name, with its cost"),
+    "rank-attacks": Entry(
+        "evaluation.rank_attacks", "RankAttacks", "rank every attack on a defense"
+    ),
+    "corruptions": Entry(
+        "evaluation.corruptions", "Corruptions", "measure a defense on common corruptions"
+    ),
+    "signal": Entry(
+        "evaluation.signal", "SignalCommand", "show how many replicates a gradient needs"
+    ),
+    "merge": Entry(
+        "evaluation.merge", "Merge", "put the parts of a run together that --shard made"
+    ),
+    "verify": Entry("evaluation.verify", "Verify", "judge a run's saved adversarial images again"),
+    "compare": Entry("evaluation.compare", "Compare", "one table and figures of several runs"),
+    "report": Entry("evaluation.report", "WriteReport", "one HTML page of a run"),
     "purify": Entry("purify", "Purify", "purify images and draw a film strip of it"),
-    "train-ebm": Entry("train_ebm", "TrainEbm", "learn an energy by maximum likelihood"),
+    "train-ebm": Entry("training.train_ebm", "TrainEbm", "learn an energy by maximum likelihood"),
     "train-classifier": Entry(
-        "train_classifier", "TrainClassifier", "learn a classifier, also on purified images"
+        "training.train_classifier",
+        "TrainClassifier",
+        "learn a classifier, also on purified images",
     ),
     "train-defense": Entry(
-        "train_defense", "TrainDefense", "learn a whole defense against attacks on its input"
+        "training.train_defense",
+        "TrainDefense",
+        "learn a whole defense against attacks on its input",
     ),
-    "train-advgan": Entry("train_advgan", "TrainAdvgan", "train a generator of attacks, AdvGAN"),
+    "train-advgan": Entry(
+        "training.train_advgan", "TrainAdvgan", "train a generator of attacks, AdvGAN"
+    ),
     "diagnose": Entry("diagnose", "Diagnose", "say whether an energy's chains converge"),
-    "assemble": Entry("assemble", "Assemble", "put trained parts together into a defense folder"),
-    "bench": Entry("bench", "Bench", "measure Langevin steps a second on this machine"),
-    "doctor": Entry("doctor", "Doctor", "say what this machine has, and check what it computes"),
-    "precision": Entry("precision", "Precision", "check bf16 on a defense, and keep the finding"),
+    "assemble": Entry(
+        "training.assemble", "Assemble", "put trained parts together into a defense folder"
+    ),
+    "bench": Entry("machine.bench", "Bench", "measure Langevin steps a second on this machine"),
+    "doctor": Entry(
+        "machine.doctor", "Doctor", "say what this machine has, and check what it computes"
+    ),
+    "precision": Entry(
+        "machine.precision", "Precision", "check bf16 on a defense, and keep the finding"
+    ),
     "checkpoints": Entry("checkpoints", "Checkpoints", "list, verify and import defenses"),
 }
 
@@ -173,7 +197,7 @@ def from_file(command: type[Any], path: str) -> Any:
     import tomllib
     from pathlib import Path
 
-    from ebm_defense.serialize import from_plain
+    from ebm_defense.storage.serialize import from_plain
 
     try:
         plain = tomllib.loads(Path(path).read_text(encoding="utf-8"))

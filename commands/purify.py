@@ -13,20 +13,20 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from ebm_defense.commands.options import (
+from ebm_defense.commands.options.photos import Wanted, wanted_by
+from ebm_defense.commands.options.shared import (
     Device,
     make_purifier,
     put_on,
     resolve_device,
 )
-from ebm_defense.commands.photos import Wanted, wanted_by
 from ebm_defense.data.folder import photos_in
 from ebm_defense.data.photos import SUFFIXES, Framing, photo_size, read_photo
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.reporting.figures.pictures import Strip, draw_strip, film_strip
-from ebm_defense.files import atomic, writable_folder
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers.base import Purifier
+from ebm_defense.storage.files import atomic, writable_folder
 
 PICTURED = 8
 BATCH = 400

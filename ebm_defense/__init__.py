@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
     from ebm_defense.energies.quadratic import QuadraticEnergy
     from ebm_defense.errors import UsageError
-    from ebm_defense.preprocessing import preprocessing_of
+    from ebm_defense.interface.preprocessing import preprocessing_of
     from ebm_defense.protect import protect
     from ebm_defense.purifiers.base import Purifier
     from ebm_defense.purifiers.langevin import LangevinPurifier
-    from ebm_defense.weights import load_defense, load_energy, load_purifier
+    from ebm_defense.storage.weights import load_defense, load_energy, load_purifier
 
 __version__ = "0.1.0"
 
@@ -28,10 +28,10 @@ _HOME = {
     "QuadraticEnergy": "energies",
     "UsageError": "errors",
     "load_data": "data",
-    "load_defense": "weights",
-    "load_energy": "weights",
-    "load_purifier": "weights",
-    "preprocessing_of": "preprocessing",
+    "load_defense": "storage.weights",
+    "load_energy": "storage.weights",
+    "load_purifier": "storage.weights",
+    "preprocessing_of": "interface.preprocessing",
     "protect": "protect",
     "normalized": "classifiers",
 }

@@ -15,13 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ebm_defense.engine.derivatives import arithmetic, vjp
 from ebm_defense.errors import UsageError
-from ebm_defense.folders import save_defense
-from ebm_defense.images import PROBED, check_images
-from ebm_defense.inputs import as_images
-from ebm_defense.modes import in_eval_mode, modules_of
+from ebm_defense.interface.images import PROBED, check_images
+from ebm_defense.interface.inputs import as_images
+from ebm_defense.interface.modes import in_eval_mode, modules_of
+from ebm_defense.interface.numbers import whole
+from ebm_defense.interface.outputs import logits_of
 from ebm_defense.noise import KeyedNoise, chain_keys, fresh_seed
-from ebm_defense.numbers import whole
-from ebm_defense.outputs import logits_of
 from ebm_defense.precision.classifiers import VERDICT_PRECISIONS, allowed_verdicts
 from ebm_defense.precision.findings import versions
 from ebm_defense.precision.names import resolve_precision
@@ -29,6 +28,7 @@ from ebm_defense.purifiers.base import straight_through
 from ebm_defense.purifiers.baselines import NoPurifier
 from ebm_defense.purifiers.foreign import as_purifier
 from ebm_defense.runtime.packing import Packing
+from ebm_defense.storage.folders import save_defense
 
 VOTE_SMOOTHING = 1e-3
 PASSES, CHECKED = 8, 16

@@ -17,8 +17,8 @@ from torch import Tensor
 from ebm_defense.engine import Energy, EnergyGradient, prepare, triton_kernels
 from ebm_defense.engine.cuda_graphs import run_graphed
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 from ebm_defense.noise import KeyedNoise, Noise, ahead, drawn_at
-from ebm_defense.numbers import plain_numbers
 from ebm_defense.precision.names import resolve_precision
 
 

@@ -14,14 +14,14 @@ from torch.nn import functional as F
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.energies.tiled import COVER
 from ebm_defense.errors import UsageError
-from ebm_defense.folders import DEFENSE, find_folder, shipped
+from ebm_defense.interface.preprocessing import Preprocessing, preprocessing_of
 from ebm_defense.noise import Noise
-from ebm_defense.preprocessing import Preprocessing, preprocessing_of
 from ebm_defense.purifiers.base import Purifier
 from ebm_defense.purifiers.foreign import as_purifier
 from ebm_defense.purifiers.registry import baseline
 from ebm_defense.runtime.packing import USUAL
-from ebm_defense.weights import load_purifier
+from ebm_defense.storage.folders import DEFENSE, find_folder, shipped
+from ebm_defense.storage.weights import load_purifier
 
 FITS = ("tiles", "own size")
 NONE_SHIPS = (

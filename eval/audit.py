@@ -20,7 +20,7 @@ from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.judging.statistics import share
 from ebm_defense.eval.purification_curve import purification_curve
-from ebm_defense.images import check_images, check_labels
+from ebm_defense.interface.images import check_images, check_labels
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers import SteppedPurifier
 

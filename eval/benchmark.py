@@ -15,8 +15,8 @@ from ebm_defense.errors import UsageError
 from ebm_defense.eval.evaluate import evaluate
 from ebm_defense.eval.protocols.protocol import get_protocol
 from ebm_defense.eval.reporting.report import Report
-from ebm_defense.inputs import read_batch
-from ebm_defense.numbers import whole
+from ebm_defense.interface.inputs import read_batch
+from ebm_defense.interface.numbers import whole
 
 
 class Benchmark(NamedTuple):

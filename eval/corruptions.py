@@ -25,11 +25,11 @@ from ebm_defense.eval.storage.behaviour import behaviour
 from ebm_defense.eval.storage.columns import CLEAN
 from ebm_defense.eval.storage.run_folder import Done, MemoryStore, RunFolder
 from ebm_defense.eval.storage.settings import judge_settings
-from ebm_defense.fingerprint import digest
-from ebm_defense.inputs import read_batch
-from ebm_defense.modes import evaluating
-from ebm_defense.numbers import whole
-from ebm_defense.outputs import logits_of
+from ebm_defense.interface.inputs import read_batch
+from ebm_defense.interface.modes import evaluating
+from ebm_defense.interface.numbers import whole
+from ebm_defense.interface.outputs import logits_of
+from ebm_defense.storage.fingerprint import digest
 
 BATCH = 64
 

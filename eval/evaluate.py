@@ -36,10 +36,10 @@ from ebm_defense.eval.running.workers import ALONE, Workers
 from ebm_defense.eval.storage.behaviour import behaviour
 from ebm_defense.eval.storage.run_folder import SETTINGS, Done, MemoryStore, RunFolder, read_toml
 from ebm_defense.eval.storage.settings import settings_of
-from ebm_defense.inputs import read_batch
-from ebm_defense.modes import evaluating
-from ebm_defense.numbers import whole
-from ebm_defense.serialize import describe
+from ebm_defense.interface.inputs import read_batch
+from ebm_defense.interface.modes import evaluating
+from ebm_defense.interface.numbers import whole
+from ebm_defense.storage.serialize import describe
 
 LOG = logging.getLogger("ebm_defense.eval")
 DEFAULT_PROTOCOL = "quick"

@@ -23,8 +23,8 @@ from ebm_defense.eval.storage.run_folder import (
     read_toml,
     total,
 )
-from ebm_defense.files import load_tensors
-from ebm_defense.folders import sha256
+from ebm_defense.storage.files import load_tensors
+from ebm_defense.storage.folders import sha256
 
 
 def load_run(path: str | Path, *, name: str | None = None, kinds: Iterable[type] = ()) -> Report:

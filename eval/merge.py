@@ -24,7 +24,7 @@ from ebm_defense.eval.storage.run_folder import (
     read_toml,
     shard_files,
 )
-from ebm_defense.files import load_tensors
+from ebm_defense.storage.files import load_tensors
 
 
 def merge(parts: Sequence[str | Path], out: str | Path) -> Report:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ebm_defense.errors import UsageError
-from ebm_defense.images import check_images, check_labels
+from ebm_defense.interface.images import check_images, check_labels
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers.base import SteppedPurifier
 

@@ -30,9 +30,9 @@ from ebm_defense.eval.storage.columns import (
     column,
 )
 from ebm_defense.eval.storage.settings import judge_settings
-from ebm_defense.modes import evaluating
+from ebm_defense.interface.modes import evaluating
+from ebm_defense.interface.numbers import whole
 from ebm_defense.noise import derive_seed
-from ebm_defense.numbers import whole
 
 
 def reverify(

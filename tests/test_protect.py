@@ -17,8 +17,8 @@ from ebm_defense.data import read_photo
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
 from ebm_defense.energies.tiled import Tiled
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.preprocessing import Preprocessing, preprocessing_of
 from ebm_defense.noise import KeyedNoise, chain_keys
-from ebm_defense.preprocessing import Preprocessing, preprocessing_of
 
 SCALE = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.5)}
 

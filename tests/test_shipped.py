@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ebm_defense import load_data, load_defense, load_energy, load_purifier
-from ebm_defense.folders import shipped, shipped_folder, verify
 from ebm_defense.noise import KeyedNoise, chain_keys
+from ebm_defense.storage.folders import shipped, shipped_folder, verify
 
 NAMES = [
     "fashion-mnist",

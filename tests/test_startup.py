@@ -18,7 +18,7 @@ def modules_after(code: str) -> set[str]:
 
 def test_the_package_and_all_its_names_import_nothing_heavy_but_torch() -> None:
     loaded = modules_after("from ebm_defense import *")
-    assert {"torch", "ebm_defense.weights", "ebm_defense.purifiers.base"} <= loaded
+    assert {"torch", "ebm_defense.storage.weights", "ebm_defense.purifiers.base"} <= loaded
     assert not loaded & set(HEAVY)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ebm_defense.attacks.spec import near
 from ebm_defense.errors import UsageError
-from ebm_defense.images import check_images
+from ebm_defense.interface.images import check_images
 from ebm_defense.noise import chain_keys
 from ebm_defense.purifiers.baselines import Jpeg
 

@@ -19,10 +19,10 @@ from ebm_defense.attacks.external.one_shot import Crafted, OneShotAttack
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
-from ebm_defense.files import save_tensors, writable_folder, write_text
-from ebm_defense.numbers import plain_numbers
-from ebm_defense.serialize import from_plain
-from ebm_defense.state_dicts import load_weights
+from ebm_defense.interface.numbers import plain_numbers
+from ebm_defense.storage.files import save_tensors, writable_folder, write_text
+from ebm_defense.storage.serialize import from_plain
+from ebm_defense.storage.state_dicts import load_weights
 
 GENERATOR, SETTINGS = "generator.safetensors", "advgan.toml"
 GROUPS = 4

@@ -17,10 +17,10 @@ from ebm_defense.attacks.gradients.base import Gradient, Identity
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
-from ebm_defense.files import load_plain, save_state
-from ebm_defense.images import check_training_images
+from ebm_defense.interface.images import check_training_images
 from ebm_defense.learning.checkpoints import refuse_another
 from ebm_defense.noise import chain_keys, derive_seed
+from ebm_defense.storage.files import load_plain, save_state
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,8 @@ from ebm_defense.attacks.norms import NORMS
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 from ebm_defense.noise import derive_seed
-from ebm_defense.numbers import plain_numbers
 from ebm_defense.runtime.memory import is_full
 
 Calls = Callable[[SimpleNamespace], int]

@@ -14,7 +14,7 @@ from ebm_defense.attacks.optimisers.pgd import PGD
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
-from ebm_defense.numbers import plain_numbers
+from ebm_defense.interface.numbers import plain_numbers
 
 SOURCES = {"classifier": "its own classifier", "undefended": "the undefended classifier"}
 

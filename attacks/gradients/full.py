@@ -16,8 +16,8 @@ from ebm_defense.attacks.gradients.curvature import LentCurvature
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.engine.derivatives import PRODUCT_PRECISIONS, arithmetic, vjp
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 from ebm_defense.noise import KeyedNoise, working_dtype
-from ebm_defense.numbers import plain_numbers
 from ebm_defense.purifiers.base import Purifier, SteppedPurifier
 from ebm_defense.purifiers.state import State, lerp, size, tensors
 

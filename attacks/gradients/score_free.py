@@ -13,8 +13,8 @@ from ebm_defense.attacks.gradients.base import GradientEstimate
 from ebm_defense.attacks.losses import Loss
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 from ebm_defense.noise import KeyedNoise, working_dtype
-from ebm_defense.numbers import plain_numbers
 
 BEYOND = 1 << 40  # a step of the keys' noise that no chain reaches
 

@@ -13,7 +13,7 @@ from ebm_defense.attacks.gradients.base import Gradient
 from ebm_defense.attacks.losses import Loss
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
-from ebm_defense.inputs import read_batch
+from ebm_defense.interface.inputs import read_batch
 from ebm_defense.noise import chain_keys
 
 

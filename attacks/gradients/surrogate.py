@@ -12,7 +12,7 @@ from ebm_defense.attacks.gradients.full import Full
 from ebm_defense.attacks.losses import Loss
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
-from ebm_defense.numbers import plain_numbers
+from ebm_defense.interface.numbers import plain_numbers
 
 
 @dataclass(frozen=True, kw_only=True)

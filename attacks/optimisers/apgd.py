@@ -39,7 +39,7 @@ from ebm_defense.attacks.session import AttackSession, QueryResult, SessionAttac
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
-from ebm_defense.numbers import plain_numbers
+from ebm_defense.interface.numbers import plain_numbers
 
 Aim = Callable[[Tensor], Loss]
 """The loss for these rows of the batch."""

@@ -14,7 +14,7 @@ from ebm_defense.attacks.losses import CrossEntropy, Loss, loss_name, refuse_tar
 from ebm_defense.attacks.session import AttackSession, SessionAttack
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
-from ebm_defense.numbers import plain_numbers
+from ebm_defense.interface.numbers import plain_numbers
 
 USUAL = {"PGD": "CE", "Square": "CW", "SPSA": "CW", "DiffHammer": "CW"}
 Memory = tuple[Tensor, ...]

@@ -19,8 +19,8 @@ from ebm_defense.attacks.session import AttackSession, QueryResult, SessionAttac
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 from ebm_defense.noise import KeyedNoise, working_dtype
-from ebm_defense.numbers import plain_numbers
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 SCHEDULED = 10_000  # queries that the halvings were made for

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebm_defense.errors import UsageError
-from ebm_defense.files import load_plain, save_state
-from ebm_defense.images import PURIFIED, check_images, check_labels, check_training_images
+from ebm_defense.interface.images import PURIFIED, check_images, check_labels, check_training_images
+from ebm_defense.interface.modes import in_eval_mode, modules_of
 from ebm_defense.learning.batches import augmented
 from ebm_defense.learning.checkpoints import refuse_another
-from ebm_defense.modes import in_eval_mode, modules_of
 from ebm_defense.precision.names import resolve_precision
+from ebm_defense.storage.files import load_plain, save_state
 
 Copies = Callable[[int], Tensor]
 """copy number → the training images as the classifier shall see them, `[N, C, H, W]` in [0, 1]."""

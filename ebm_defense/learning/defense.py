@@ -13,7 +13,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ebm_defense.data import Images
 from ebm_defense.errors import UsageError
-from ebm_defense.files import load_plain, save_state
 from ebm_defense.learning.batches import Batches, generator_of
 from ebm_defense.learning.chain import LearnedChain
 from ebm_defense.learning.checkpoints import refuse_another
@@ -25,6 +24,7 @@ from ebm_defense.learning.recipe import DefenseRecipe
 from ebm_defense.noise import GeneratorNoise
 from ebm_defense.precision.names import resolve_precision
 from ebm_defense.purifiers import Purifier
+from ebm_defense.storage.files import load_plain, save_state
 
 MOST_SKIPPED = 10
 VALIDATION_BATCH = 250

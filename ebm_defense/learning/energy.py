@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ebm_defense.errors import FailedRunError, UsageError
-from ebm_defense.files import load_plain, save_state
-from ebm_defense.images import check_training_images
+from ebm_defense.interface.images import check_training_images
+from ebm_defense.interface.modes import in_eval_mode, modules_of
 from ebm_defense.langevin import LangevinSettings, Trace, run_chain
 from ebm_defense.learning.bank import Start, noisy_data, visit
 from ebm_defense.learning.checkpoints import refuse_another
-from ebm_defense.modes import in_eval_mode, modules_of
 from ebm_defense.noise import GeneratorNoise
-from ebm_defense.state_dicts import about
+from ebm_defense.storage.files import load_plain, save_state
+from ebm_defense.storage.state_dicts import about
 
 PIXEL_LIMIT = 6.0
 ENERGY_LIMIT = 1e4

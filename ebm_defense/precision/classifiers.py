@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_defense.engine.derivatives import arithmetic
-from ebm_defense.outputs import logits_of
+from ebm_defense.interface.outputs import logits_of
 from ebm_defense.precision.chains import share_margin
 from ebm_defense.precision.findings import key_of, located, say_used
 from ebm_defense.precision.names import resolve_precision

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ebm_defense.files import atomic
-from ebm_defense.fingerprint import fingerprint
+from ebm_defense.storage.files import atomic
+from ebm_defense.storage.fingerprint import fingerprint
 
 SHOWN = "findings.json"
 F = TypeVar("F")

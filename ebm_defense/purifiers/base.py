@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ebm_defense.engine import Curvature
 from ebm_defense.errors import UsageError
-from ebm_defense.images import PROBED, check_images
-from ebm_defense.inputs import as_images
-from ebm_defense.modes import in_eval_mode, modules_of
+from ebm_defense.interface.images import PROBED, check_images
+from ebm_defense.interface.inputs import as_images
+from ebm_defense.interface.modes import in_eval_mode, modules_of
 from ebm_defense.noise import GeneratorNoise, Noise, fresh_seed, working_dtype
 from ebm_defense.purifiers.state import State, state_vjp
 

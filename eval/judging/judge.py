@@ -16,11 +16,11 @@ from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.judging.check_model import check_model
 from ebm_defense.eval.judging.rules import AsDeployed, Rule, Ruling, TwoStage, predicted_draws
-from ebm_defense.images import check_images
-from ebm_defense.inputs import read_batch, read_images
-from ebm_defense.modes import evaluating
+from ebm_defense.interface.images import check_images
+from ebm_defense.interface.inputs import read_batch, read_images
+from ebm_defense.interface.modes import evaluating
+from ebm_defense.interface.numbers import whole
 from ebm_defense.noise import chain_keys
-from ebm_defense.numbers import whole
 
 STANDS = -1
 Count = Callable[[int], None]

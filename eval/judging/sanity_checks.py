@@ -17,8 +17,8 @@ from ebm_defense.attacks.gradients.base import Gradient
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.judging.judge import Stream, draw_logits
-from ebm_defense.files import write_text
 from ebm_defense.noise import KeyedNoise, chain_keys, derive_seed
+from ebm_defense.storage.files import write_text
 
 FILE = "measures.toml"
 MOST_IMAGES, SHARE = 4, 8

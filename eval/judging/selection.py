@@ -27,7 +27,7 @@ from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.judging.judge import Stream, draw_logits
 from ebm_defense.eval.judging.rules import predicted_draws
-from ebm_defense.images import check_images
+from ebm_defense.interface.images import check_images
 
 SELDOM = 0.01
 """An image is surely broken where its prediction is right less often than this."""

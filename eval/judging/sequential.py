@@ -48,7 +48,7 @@ from ebm_defense.eval.judging.rules import (
     right_votes,
     vote_counts,
 )
-from ebm_defense.numbers import plain_numbers
+from ebm_defense.interface.numbers import plain_numbers
 
 GROWTH = 1.4
 STANDS, BROKEN, OPEN = 1, 0, -1

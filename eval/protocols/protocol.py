@@ -28,9 +28,9 @@ from ebm_defense.eval.protocols.presets import (
     standard_kind,
     with_restarts,
 )
-from ebm_defense.files import writable_folder, write_text
-from ebm_defense.numbers import plain_numbers
-from ebm_defense.serialize import build, describe
+from ebm_defense.interface.numbers import plain_numbers
+from ebm_defense.storage.files import writable_folder, write_text
+from ebm_defense.storage.serialize import build, describe
 
 LOG = logging.getLogger("ebm_defense.eval")
 PUBLISHED_EPS = {"Linf": 8 / 255, "L2": 0.5, "L1": 12.0}

@@ -8,7 +8,7 @@ from pathlib import Path
 from ebm_defense.eval.audit import DISTANCES, Audited, AuditSettings, Check
 from ebm_defense.eval.reporting.renderers import RENDERERS
 from ebm_defense.eval.reporting.table import Cell, Column, Table
-from ebm_defense.files import atomic
+from ebm_defense.storage.files import atomic
 
 ATTACK, RANDOM = "#d55e00", "#0072b2"
 

@@ -21,7 +21,7 @@ from ebm_defense.eval.reporting.page import render
 from ebm_defense.eval.reporting.renderers import RENDERERS, Printable
 from ebm_defense.eval.reporting.report import Report
 from ebm_defense.eval.reporting.table import Cell, Column, Table, share_cell
-from ebm_defense.files import writable_folder
+from ebm_defense.storage.files import writable_folder
 
 LEVEL = 1.0 - CONFIDENCE
 COSTS = (Column("Langevin steps a prediction", "r"), Column("Langevin steps in all", "r"))

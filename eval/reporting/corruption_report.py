@@ -12,7 +12,7 @@ from ebm_defense.eval.judging.statistics import Share, mean_share
 from ebm_defense.eval.reporting.renderers import Printable
 from ebm_defense.eval.reporting.table import Cell, Column, Table, interval, percent
 from ebm_defense.eval.storage.columns import CLEAN
-from ebm_defense.files import write_text
+from ebm_defense.storage.files import write_text
 
 MODELS = ("defended", "undefended")
 CELLS, RECORDS = "cells.csv", "records.csv"

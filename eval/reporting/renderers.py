@@ -11,7 +11,7 @@ from ebm_defense.errors import UsageError
 from ebm_defense.eval.reporting import latex
 from ebm_defense.eval.reporting.page import render
 from ebm_defense.eval.reporting.table import Cell, Table, plain_table
-from ebm_defense.files import write_text
+from ebm_defense.storage.files import write_text
 
 
 def _text(table: Table) -> str:

@@ -25,7 +25,7 @@ from ebm_defense.eval.reporting.results import Results
 from ebm_defense.eval.reporting.table import Table
 from ebm_defense.eval.storage.columns import IMAGE, WORST_OF_ALL
 from ebm_defense.eval.storage.run_folder import Done
-from ebm_defense.files import writable_folder, write_text
+from ebm_defense.storage.files import writable_folder, write_text
 
 
 @dataclass(frozen=True, kw_only=True)

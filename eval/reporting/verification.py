@@ -15,7 +15,7 @@ from ebm_defense.eval.reporting import captions
 from ebm_defense.eval.reporting.renderers import Printable
 from ebm_defense.eval.reporting.table import Cell, Column, Table, share_cell
 from ebm_defense.eval.storage.columns import Kept, column
-from ebm_defense.files import write_text
+from ebm_defense.storage.files import write_text
 
 NAME = re.compile(r"verification-(\d+)\.toml")
 COLUMNS = (

@@ -18,8 +18,8 @@ from ebm_defense.errors import UsageError
 from ebm_defense.eval.running.workers import ALONE, POLL, LostWorkerError, Watch, Workers, hold
 from ebm_defense.eval.storage.behaviour import Answers, refuse_another
 from ebm_defense.eval.storage.settings import Shard, environment
-from ebm_defense.files import load_tensors, save_tensors, writable_folder, write_text
-from ebm_defense.folders import sha256
+from ebm_defense.storage.files import load_tensors, save_tensors, writable_folder, write_text
+from ebm_defense.storage.folders import sha256
 
 SETTINGS, DATA, ENVIRONMENT, RECORDS = (
     "settings.toml",

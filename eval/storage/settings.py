@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.eval.protocols.protocol import Protocol
-from ebm_defense.fingerprint import digest, fingerprint
-from ebm_defense.serialize import describe
+from ebm_defense.storage.fingerprint import digest, fingerprint
+from ebm_defense.storage.serialize import describe
 
 PACKAGES = ("ebm-defense", "torch", "torchvision", "numpy", "scipy")
 

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
-from ebm_defense.commands import bench
-from ebm_defense.commands.bench import QUICK_LAYOUTS, Bench
+from ebm_defense.commands.machine import bench
+from ebm_defense.commands.machine.bench import QUICK_LAYOUTS, Bench
 from ebm_defense.commands.main import main
 from ebm_defense.energies.conv import ConvEnergySettings
 from ebm_defense.eval.speed.roofline import LAYOUTS, Ceilings
@@ -20,7 +20,7 @@ def _tiny(monkeypatch):
     monkeypatch.setattr("ebm_defense.eval.speed.throughput.LONGEST", 5)
     monkeypatch.setattr("ebm_defense.eval.speed.throughput.SHORTEST", 5)
     monkeypatch.setattr(
-        "ebm_defense.commands.bench.measure_ceilings",
+        "ebm_defense.commands.machine.bench.measure_ceilings",
         lambda p, *_: Ceilings(precision=p, matmul=1e12, convolution=1e12, copy=1e11),
     )
 

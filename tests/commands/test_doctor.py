@@ -7,7 +7,7 @@ import importlib.metadata
 import pytest
 import torch
 
-from ebm_defense.commands import doctor
+from ebm_defense.commands.machine import doctor
 from ebm_defense.precision.devices import SelfCheck
 
 PASSED = SelfCheck(errors={"gradient in fp32": 3e-7, "chains' moments": 2.0})

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from ebm_defense import load_defense
-from ebm_defense.commands.evaluate import Evaluate
+from ebm_defense.commands.evaluation.evaluate import Evaluate
 from ebm_defense.eval import get_protocol
-from ebm_defense.fingerprint import fingerprint
 from ebm_defense.purifiers.baselines import Jpeg, NoPurifier
+from ebm_defense.storage.fingerprint import fingerprint
 
 SMALL = ("--data", "digits", "--images", 6, "--steps", 2, "--replicates", 2)
 

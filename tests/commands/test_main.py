@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ebm_defense.commands.main import COMMANDS
-from ebm_defense.commands.photos import Photos
+from ebm_defense.commands.options.photos import Photos
 
 
 def test_help_lists_every_command(run) -> None:

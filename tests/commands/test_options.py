@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ebm_defense import UsageError
-from ebm_defense.commands.options import resolve_device
+from ebm_defense.commands.options.shared import resolve_device
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ebm_defense.commands.factories import factory, make_module, scaled_classifier
-from ebm_defense.commands.photos import Photos, Wanted, wanted_by
+from ebm_defense.commands.options.factories import factory, make_module, scaled_classifier
+from ebm_defense.commands.options.photos import Photos, Wanted, wanted_by
 from ebm_defense.energies.conv import ConvEnergy
 from ebm_defense.errors import UsageError
 from ebm_defense.networks import ZooWideResNet, ZooWideResNetSettings
 from ebm_defense.purifiers.registry import baseline
-from ebm_defense.weights import load_defense
+from ebm_defense.storage.weights import load_defense
 
 QUICK = ("--images", 4, "--steps", 1, "--replicates", 1, "--judge-replicates", 2)
 

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
-from ebm_defense.commands.rank_attacks import fitting
-from ebm_defense.weights import load_defense
+from ebm_defense.commands.evaluation.rank_attacks import fitting
+from ebm_defense.storage.weights import load_defense
 
 SMALL = (
     "--data", "digits", "--images", 3, 2, 1, "--steps", 1, "--replicates", 1,

@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ebm_defense.commands.evaluate import Evaluate
+from ebm_defense.commands.evaluation.evaluate import Evaluate
 from ebm_defense.commands.main import main
-from ebm_defense.commands.sweep import grid
+from ebm_defense.commands.options.sweep import grid
 from ebm_defense.errors import UsageError
 
 SMALL = ("--data", "digits", "--images", 6, "--steps", 2, "--replicates", 2)

@@ -13,10 +13,10 @@ from ebm_defense import data as data_module
 from ebm_defense import load_defense
 from ebm_defense.data import DATASETS, Images
 from ebm_defense.data.sampling import in_memory
-from ebm_defense.files import load_tensors
-from ebm_defense.folders import read_settings
 from ebm_defense.purifiers import LangevinPurifier
 from ebm_defense.purifiers.baselines import NoPurifier
+from ebm_defense.storage.files import load_tensors
+from ebm_defense.storage.folders import read_settings
 
 SHORT = (
     "--updates", 2, "--batch", 4, "--images", 40, "--validation-images", 10, "--validate-every", 1,

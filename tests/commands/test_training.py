@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file
 
 from ebm_defense import load_energy
-from ebm_defense.files import save_tensors
-from ebm_defense.folders import read_settings
+from ebm_defense.storage.files import save_tensors
+from ebm_defense.storage.folders import read_settings
 
 ENERGY = (
     *("train-ebm", "--data", "digits", "--images", 60, "--width", 2, "--bank", 30, "--batch", 10),
@@ -28,7 +28,7 @@ def test_train_ebm_resumes_exactly_and_draws(run, tmp_path: Path) -> None:
     assert run(*ENERGY, "--updates", 4, "--out", whole)[0] == 0
     # The learning rate's cosine knows the end, so the interrupted run has the same end.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ebm_defense.commands.train_ebm.TrainEbm._draw", stop_after(2))
+        patch.setattr("ebm_defense.commands.training.train_ebm.TrainEbm._draw", stop_after(2))
         assert run(*ENERGY, "--updates", 4, "--out", parts, "--pictures-every", 2)[0] == 130
     resume = ("--config", parts / "settings.toml", "--resume", "--pictures-every", 4)
     assert run("train-ebm", *resume)[0] == 0

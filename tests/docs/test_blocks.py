@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from ebm_defense.attacks import ATTACKS, GRADIENTS, LOSSES
-from ebm_defense.commands import evaluate as evaluate_command
+from ebm_defense.commands.evaluation import evaluate as evaluate_command
 from ebm_defense.commands.main import COMMANDS, parse
 from ebm_defense.data import DATASETS, open_data
-from ebm_defense.folders import shipped_folder
 from ebm_defense.purifiers.registry import PURIFIERS
+from ebm_defense.storage.folders import shipped_folder
 
 ROOT = Path(__file__).parents[2]
 PAGES = [

@@ -15,7 +15,7 @@ from ebm_defense import PurifiedClassifier, Purifier, UsageError
 from ebm_defense.attacks import PGD, ThreatModel, Transfer
 from ebm_defense.eval import Protocol, TwoStage, evaluate, get_protocol
 from ebm_defense.eval.reporting import latex
-from ebm_defense.files import load_tensors
+from ebm_defense.storage.files import load_tensors
 
 runner = importlib.import_module("ebm_defense.eval.running.runner")
 

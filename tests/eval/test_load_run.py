@@ -17,7 +17,7 @@ from ebm_defense.attacks.external.foolbox_adapter import FoolboxAttack
 from ebm_defense.eval import evaluate, load_protocol, load_run, reverify
 from ebm_defense.eval.protocols.protocol import Protocol, restore_protocol
 from ebm_defense.eval.storage.run_folder import read_records
-from ebm_defense.serialize import describe
+from ebm_defense.storage.serialize import describe
 
 ATTACK = PGD(threat=ThreatModel(norm="L2", eps=0.5), steps=2, step_size=0.2, replicates=2)
 ATTACKS = (Transfer(attack=ATTACK, replicates=2), ATTACK)

@@ -15,7 +15,6 @@ from ebm_defense.classifiers import WideResNet, WideResNetSettings, normalized
 from ebm_defense.data import load_data
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
 from ebm_defense.errors import UsageError
-from ebm_defense.files import save_state
 from ebm_defense.langevin import LangevinSettings, run_chain
 from ebm_defense.learning.bank import Start, noisy_data, visit
 from ebm_defense.learning.batches import shifted
@@ -27,6 +26,7 @@ from ebm_defense.learning.classifier import (
 from ebm_defense.learning.diagnostics import long_chains
 from ebm_defense.learning.energy import DivergedError, EnergyRecipe, EnergyTrainer
 from ebm_defense.noise import GeneratorNoise
+from ebm_defense.storage.files import save_state
 
 quick = settings(
     deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]

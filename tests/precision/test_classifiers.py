@@ -11,7 +11,6 @@ from torch import nn
 from ebm_defense import PurifiedClassifier, load_defense
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.judging.judge import Stream, draw_logits
-from ebm_defense.folders import shipped
 from ebm_defense.noise import chain_keys
 from ebm_defense.precision import classifiers as module
 from ebm_defense.precision.classifiers import (
@@ -24,6 +23,7 @@ from ebm_defense.precision.classifiers import (
 )
 from ebm_defense.precision.findings import keep, look_up, say_used
 from ebm_defense.purifiers.baselines import BitDepth, GaussianNoise
+from ebm_defense.storage.folders import shipped
 
 CPU = torch.device("cpu")
 

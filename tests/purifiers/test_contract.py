@@ -15,12 +15,12 @@ from ebm_defense.errors import UsageError
 from ebm_defense.eval import evaluate
 from ebm_defense.eval.load_run import load_run
 from ebm_defense.eval.reverify import reverify
-from ebm_defense.folders import read_settings, save_defense
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers.base import Purifier, SteppedPurifier
 from ebm_defense.purifiers.langevin import LangevinPurifier
 from ebm_defense.purifiers.registry import PURIFIERS, baseline, baselines, caption
-from ebm_defense.weights import load_defense
+from ebm_defense.storage.folders import read_settings, save_defense
+from ebm_defense.storage.weights import load_defense
 
 
 class Blur(Purifier):

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ebm_defense.eval.purification_curve import Point
 from ebm_defense.eval.reporting.figures.pictures import pixels
-from ebm_defense.files import atomic
 from ebm_defense.learning.convergence import Chains, Convergence
 from ebm_defense.learning.diagnostics import autocorrelation
+from ebm_defense.storage.files import atomic
 
 SHOWN = 12
 """Chains whose images are pictured."""

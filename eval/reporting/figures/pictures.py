@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ebm_defense.defense import PurifiedClassifier
-from ebm_defense.files import atomic
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers.base import Purifier
+from ebm_defense.storage.files import atomic
 
 MOMENTS = (0, 10, 50, 100, 200, 500, 1000, 1500, 2000)
 RIGHT, WRONG, PLAIN = "#1f883d", "#d1453b", "#6e7781"

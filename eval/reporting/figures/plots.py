@@ -19,7 +19,7 @@ from ebm_defense.eval.reporting.figures.drawing import (
 from ebm_defense.eval.reporting.figures.series import CHAIN, EPS, Axis, group, place
 from ebm_defense.eval.reporting.report import Report
 from ebm_defense.eval.storage.columns import CLEAN
-from ebm_defense.files import atomic
+from ebm_defense.storage.files import atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -60,7 +60,7 @@ def test_what_no_attack_takes_is_refused(names, asked, said) -> None:
 
 
 def test_an_independent_source_is_told_apart_in_the_settings(langevin_defense) -> None:
-    from ebm_defense.serialize import describe
+    from ebm_defense.storage.serialize import describe
 
     pgd = PGD(threat=ThreatModel(eps=0.1), steps=1)
     one, same, longer = (langevin_defense(steps=k, seed=s) for k, s in ((3, 0), (3, 1), (4, 0)))

@@ -1,0 +1,1 @@
+"""Commands that attack, judge, verify and compare."""

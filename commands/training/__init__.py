@@ -1,0 +1,1 @@
+"""Commands that learn a part of a defense, and put parts together."""

@@ -1,0 +1,174 @@
+"""Defenses read from their folders, and weights into their networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ebm_defense.classifiers import WideResNet, normalized
+from ebm_defense.defense import PurifiedClassifier
+from ebm_defense.energies.conv import ConvEnergy, channels_last
+from ebm_defense.energies.registry import ENERGIES
+from ebm_defense.errors import UsageError
+from ebm_defense.networks import ZooWideResNet, ZooWideResNetSettings, make_network
+from ebm_defense.purifiers.base import Purifier
+from ebm_defense.purifiers.langevin import LangevinPurifier
+from ebm_defense.purifiers.registry import PURIFIERS
+from ebm_defense.storage.files import load_tensors
+from ebm_defense.storage.folders import (
+    CLASSIFIER,
+    DEFENSE,
+    ENERGY,
+    PURIFIER,
+    UNDEFENDED,
+    ClassifierSettings,
+    PurifierSettings,
+    find_folder,
+    own_state,
+    read_settings,
+    save_defense,
+    verify,
+)
+from ebm_defense.storage.state_dicts import load_into, load_weights, unwrapped_state
+
+CHAIN_OPTIONS = ("steps", "precision")
+
+
+def load_defense(name: str | Path = "fashion-mnist", **options: Any) -> PurifiedClassifier:
+    """Load a classifier and its purifier together.
+
+    Args:
+        name: a shipped name or a folder.
+        **options: `steps` and `precision` of the Langevin purifier (None keeps its own); the rest
+            goes to `PurifiedClassifier` (replicates, average, max_chains, seed).
+
+    Raises:
+        UsageError: no such defense, or a file that is missing, damaged or not the one hashed.
+    """
+    folder = find_folder(name)
+    verify(folder)
+    settings = read_settings(folder)
+    bare = settings.undefended
+    chain = {k: options.pop(k, None) for k in CHAIN_OPTIONS}
+    defaults: dict[str, Any] = {"replicates": settings.replicates, "average": settings.average}
+    loaded = PurifiedClassifier(
+        _classifier(folder / CLASSIFIER, settings.classifier),
+        _purifier(folder, settings.purifier, chain),
+        undefended=None if bare is None else _classifier(folder / UNDEFENDED, bare),
+        **(defaults | options),
+    )
+    return loaded.eval()
+
+
+def load_purifier(name: str | Path = "fashion-mnist", **options: Any) -> Purifier:
+    """Load a purifier alone, to put before a classifier of your own.
+
+    Args:
+        name: a shipped name or a folder.
+        **options: `steps` and `precision` of a Langevin purifier.
+
+    Raises:
+        UsageError: as `load_defense`.
+    """
+    folder = find_folder(name)
+    verify(folder)
+    return _purifier(folder, read_settings(folder).purifier, options)
+
+
+def load_energy(name: str | Path = "fashion-mnist") -> nn.Module:
+    """Load an energy alone: `[N, C, H, W]` in [-1, 1] to `[N]`.
+
+    Raises:
+        UsageError: as `load_defense`, or a defense without an energy.
+    """
+    folder = find_folder(name)
+    verify(folder)
+    networks = read_settings(folder).purifier.networks
+    if "energy" not in networks:
+        raise UsageError(f"the defense {name} has no energy; its purifier is not an EBM.")
+    return _load_network(folder / ENERGY, *networks["energy"])
+
+
+def _classifier(path: Path, s: ClassifierSettings) -> nn.Module:
+    network = make_network(s.network)
+    load_weights(network, path)
+    return normalized(channels_last(network), s.mean, s.std).eval()
+
+
+def _load_network(path: Path, name: str, settings: Any) -> nn.Module:
+    network = ENERGIES[name].make(settings)
+    load_weights(network, path)
+    return channels_last(network.eval().requires_grad_(False))
+
+
+def _purifier(folder: Path, said: PurifierSettings, options: dict[str, Any]) -> Purifier:
+    kind = PURIFIERS[said.name]
+    given = {k: v for k, v in options.items() if v is not None}
+    if not {*given} <= {*kind.arguments(), *kind.options}:
+        raise UsageError(f"{folder.name} runs no chain, so it has no steps or precision to set.")
+    networks = {
+        name: _load_network(folder / f"{name}.safetensors", *settings)
+        for name, settings in said.networks.items()
+    }
+    try:
+        purifier = kind(**(networks | said.numbers | given))
+    except UsageError as error:
+        raise UsageError(f"{folder / DEFENSE}: {said.name}: {error}") from error
+    own = own_state(purifier)
+    if own:
+        state = purifier.state_dict()
+        rest = {k: v for k, v in state.items() if k not in own}
+        load_into(purifier, rest | load_tensors(folder / PURIFIER), str(folder / PURIFIER))
+    return purifier
+
+
+def import_published_cifar10(ebm: Path, clf: Path, folder: str | Path) -> Path:
+    """Turn the two state_dicts of the published CIFAR-10 release into a defense folder.
+
+    The release is Hill, Mitchell, Zhu (2021), version 1.0: a conv energy and a WRN-28-10.
+
+    Args:
+        ebm: the energy's state_dict, keys f.0 to f.8.
+        clf: the classifier's state_dict, 183 entries.
+        folder: where to write; then `load_defense(folder)`.
+
+    Raises:
+        UsageError: a file that is missing, damaged, or of other keys or shapes.
+    """
+    network = WideResNet()
+    load_weights(network, clf)
+    description = "The published CIFAR-10 defense of Hill, Mitchell, Zhu (2021)."
+    return _with_published_energy(normalized(network, 0.5, 0.5), ebm, folder, description)
+
+
+def import_zoo_cifar10(
+    ebm: Path, clf: Path, folder: str | Path, *, mean: float = 0.0, std: float = 1.0
+) -> Path:
+    """Put the published energy before a wide ResNet of RobustBench's layout, in a defense folder.
+
+    Args:
+        ebm: the energy's state_dict of the published CIFAR-10 release (Hill, Mitchell, Zhu 2021).
+        clf: the classifier's weights, of any depth and width, however wrapped.
+        folder: where to write; then `load_defense(folder)`.
+        mean: of the images that the classifier wants, in [0, 1] units; most of that zoo's take
+            [0, 1] images as they are.
+        std: their standard deviation.
+
+    Raises:
+        UsageError: a file that is missing, damaged, or of other keys or shapes.
+    """
+    network = ZooWideResNet(ZooWideResNetSettings.of(unwrapped_state(clf), str(clf)))
+    load_weights(network, clf)
+    description = f"{clf.stem} behind the published CIFAR-10 energy of Hill, Mitchell, Zhu (2021)."
+    return _with_published_energy(normalized(network, mean, std), ebm, folder, description)
+
+
+def _with_published_energy(
+    classifier: nn.Module, ebm: Path, folder: str | Path, description: str
+) -> Path:
+    energy = ConvEnergy()
+    load_weights(energy, ebm)
+    defense = PurifiedClassifier(classifier, LangevinPurifier(energy), replicates=15)
+    return save_defense(defense, folder, description=description, data="cifar10")
