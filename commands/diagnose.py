@@ -78,6 +78,8 @@ class Diagnose:
     """Chains from data, and as many from noise; a stratified sample of test images."""
     steps: int = 10_000
     """Langevin steps of the chains."""
+    adjusted: bool = False
+    """Let a Metropolis test accept or refuse each step (MALA), and say how many it does."""
     learned_steps: int | None = None
     """How long a chain lives in learning, K/p; read off the folder of train-ebm if not given, else
     the steps of the defense."""
@@ -103,6 +105,7 @@ class Diagnose:
             steps=self.steps,
             step_size=subject.langevin.step_size,
             temperature=subject.langevin.temperature,
+            adjusted=self.adjusted or subject.langevin.adjusted,
         )
         energy = subject.energy.to(device)
         chains = long_runs(
@@ -152,7 +155,7 @@ class Diagnose:
             "learned_steps": subject.learned_steps,
             "images": self.images,
             "seed": self.seed,
-            "convergence": asdict(found),
+            "convergence": {k: v for k, v in asdict(found).items() if v is not None},
             "recommended": {"steps": steps, "reason": reason},
             "curve": [p._asdict() for p in points],
         }
@@ -196,13 +199,15 @@ def _text(found: Convergence, points: list[Point]) -> str:
             "compression": [p.compression for p in points],
         }
     )
+    share = found.acceptance
+    accepted = "" if share is None else f"; {share:.1%} of steps are accepted"
     until = f" until about step {found.until}" if found.verdict == METASTABLE else ""
     return "\n".join(
         [
             f"verdict: {found.verdict}{until}: {found.reason}",
             f"drift {found.drift:+.2f} standard deviations of the data's energies, pixels out of "
             f"range {found.saturation:.1%}, R-hat {found.rhat:.2f}, effective sample size "
-            f"{found.ess_bulk:.0f} (bulk), {found.ess_tail:.0f} (tail)",
+            f"{found.ess_bulk:.0f} (bulk), {found.ess_tail:.0f} (tail){accepted}",
             "",
             rows.to_string(index=False, float_format="%.3g"),
             "",

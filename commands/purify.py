@@ -58,6 +58,8 @@ class Purify:
     """A shipped defense, a folder, a baseline (jpeg:75) or package.module:factory."""
     langevin_steps: int | None = None
     """Langevin steps K, instead of the purifier's own."""
+    adjusted: bool = False
+    """Let a Metropolis test accept or refuse each Langevin step (MALA), and say how many pass."""
     size: int | None = None
     """First resize the shorter side to this, bicubic, and cut out the centre square."""
     channels: int | None = None
@@ -75,7 +77,9 @@ class Purify:
         """Find, purify batch by batch, write."""
         files = find_images(self.images, self.out)
         device = resolve_device(self.device)
-        purifier = put_on(make_purifier(self.purifier, self.langevin_steps), device)
+        purifier = put_on(
+            make_purifier(self.purifier, self.langevin_steps, self.adjusted or None), device
+        )
         wanted = wanted_by(purifier)
         framing = Framing(
             crop=self.size,
@@ -94,6 +98,8 @@ class Purify:
                 write_image(image, photo.target)
             rows = rows or self._strip(purifier, images[:PICTURED])
         draw_strip(rows, strip)
+        for remark in self._remarks(purifier, images[:PICTURED]):
+            print(remark)
         print(f"{len(photos)} purified images and {strip.name} are in {out}")
         return 0
 
@@ -125,6 +131,10 @@ class Purify:
                     raise
                 first = str(error).splitlines()[0]
                 raise UsageError(f"the purifier cannot take these images: {first}") from error
+
+    def _remarks(self, purifier: Purifier, images: Tensor) -> list[str]:
+        keys = chain_keys(self.seed, "film strip", range(len(images)), range(1))[0]
+        return purifier.remarks(images, KeyedNoise(keys.to(images.device)))
 
     def _strip(self, purifier: Purifier, images: Tensor) -> Strip:
         return [("original", images), *film_strip(purifier, images, self.seed)]

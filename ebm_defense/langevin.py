@@ -18,6 +18,7 @@ from ebm_defense.engine import Energy, EnergyGradient, prepare, triton_kernels
 from ebm_defense.engine.cuda_graphs import run_graphed
 from ebm_defense.errors import UsageError
 from ebm_defense.interface.numbers import plain_numbers
+from ebm_defense.metropolis import AdjustedState, adjusted_step, draws
 from ebm_defense.noise import KeyedNoise, Noise, ahead, drawn_at
 from ebm_defense.precision.names import resolve_precision
 
@@ -33,11 +34,14 @@ class LangevinSettings:
         steps: K ≥ 0.
         step_size: ε > 0, in [-1, 1] pixel units.
         temperature: T > 0, in units of the energy.
+        adjusted: whether a Metropolis test accepts or refuses each step (MALA), so that the chain
+            has exp(−U/T) as its law whatever the step size; see `metropolis`.
     """
 
     steps: int = 1500
     step_size: float = 0.01
     temperature: float = 5e-5
+    adjusted: bool = False
 
     def __post_init__(self) -> None:
         plain_numbers(self)
@@ -101,10 +105,13 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What a person wants to see of a step: ∇U(x) before it, and U(x) `[b]` if it was asked for."""
+    """What a person wants to see of a step: ∇U(x) before it, U(x) `[b]` if it was asked for, and
+    of an adjusted step who moved, bool `[b]`.
+    """
 
     gradient: Tensor
     energy: Tensor | None = None
+    accepted: Tensor | None = None
 
 
 def langevin_step(
@@ -158,22 +165,76 @@ def run_chain(
         first: the number of the first step, on which its noise depends.
         gradient: ∇U, where it is prepared already.
     """
-    precision = resolve_precision(precision, x.device, x.dtype)
+    precision = chain_precision(precision, x, settings)
     gradient = gradient or prepare(energy, x, precision, engine)
     steps, move = range(first, first + settings.steps), settings.move
     noise = drawn_at(x.device, noise, len(x))
     start, state = x.detach(), State(_own(x), first)
-    if trace is None and run_graphed(state.x, noise, steps, gradient, move):
+    graphs = trace is None and not settings.adjusted
+    if graphs and run_graphed(state.x, noise, steps, gradient, move):
         return state.x
-    for take in moves(move, noise, steps, state.x):
-        if trace is not None:
-            trace.snapshot(state, snapshots)
-        state, info = langevin_step(state, take, gradient, with_energy=trace is not None)
-        if trace is not None:
-            trace.record(info, state.x - start, settings)
     if trace is not None:
         trace.snapshot(state, snapshots)
+    walk = _walk(state, noise, steps, gradient, settings, trace is not None)
+    for state, info in walk:
+        if trace is not None:
+            trace.record(info, state.x - start, settings)
+            trace.snapshot(state, snapshots)
     return state.x
+
+
+def _walk(
+    state: State,
+    noise: Noise,
+    steps: range,
+    gradient: EnergyGradient,
+    settings: LangevinSettings,
+    with_energy: bool,
+) -> Iterator[tuple[State, Info]]:
+    """Yield the state after each step, and what it was like."""
+    if settings.adjusted:
+        yield from _adjusted_walk(state, noise, steps, gradient, settings)
+        return
+    for take in moves(settings.move, noise, steps, state.x):
+        state, info = langevin_step(state, take, gradient, with_energy=with_energy)
+        yield state, info
+
+
+def _adjusted_walk(
+    state: State,
+    noise: Noise,
+    steps: range,
+    gradient: EnergyGradient,
+    settings: LangevinSettings,
+) -> Iterator[tuple[State, Info]]:
+    if not steps:
+        return
+    scale = {"step_size": settings.step_size, "temperature": settings.temperature}
+    # An engine may write over what it returned before.
+    here = AdjustedState(*state, *(t.clone() for t in gradient.with_energy(state.x)))
+    for draw in draws(noise, steps, state.x):
+        after, accepted = adjusted_step(here, draw, gradient, **scale)
+        yield State(after.x, after.step), Info(here.slope, here.energy, accepted)
+        here = after
+
+
+def chain_precision(precision: str, x: Tensor, settings: LangevinSettings) -> str:
+    """Return the resolved precision of a chain from x; of an adjusted one fp32 for "fastest".
+
+    Raises:
+        UsageError: an unknown precision, or a rounded one for adjusted chains, whose test compares
+            energies to a fraction of the temperature.
+    """
+    if not settings.adjusted or precision == "fastest":
+        asked = "fp32" if settings.adjusted else precision
+        return resolve_precision(asked, x.device, x.dtype)
+    resolved = resolve_precision(precision, x.device, x.dtype)
+    if resolved not in ("fp32", "fp64"):
+        raise UsageError(
+            f"an adjusted chain compares energies, which {precision} rounds too much; give it "
+            "precision fp32."
+        )
+    return resolved
 
 
 def chain_states(
@@ -190,7 +251,7 @@ def chain_states(
 
     The states are `run_chain`'s, whose arguments these are; the network is prepared once for all.
     """
-    gradient = prepare(energy, x, resolve_precision(precision, x.device, x.dtype))
+    gradient = prepare(energy, x, chain_precision(precision, x, settings))
     noise, found = drawn_at(x.device, noise, len(x)), []
     for stop in stops:
         part = replace(settings, steps=stop - first)
@@ -215,12 +276,14 @@ class Trace:
         energy: U(x) before the step.
         gradient_norm: ‖∇U(x)·ε²/(2T)‖₂, the drift in displacement units.
         displacement: ‖x − x_0‖₂ after the step.
+        accepted: who moved, 0 or 1; empty of chains that are not adjusted.
         snapshots: step → x at that step, for the steps asked for (0 is the start).
     """
 
     energy: list[Tensor] = field(default_factory=list)
     gradient_norm: list[Tensor] = field(default_factory=list)
     displacement: list[Tensor] = field(default_factory=list)
+    accepted: list[Tensor] = field(default_factory=list)
     snapshots: dict[int, Tensor] = field(default_factory=dict)
 
     def record(self, info: Info, moved: Tensor, settings: LangevinSettings) -> None:
@@ -230,6 +293,13 @@ class Trace:
         self.energy.append(info.energy.float())
         self.gradient_norm.append(drift.flatten(1).norm(dim=1))
         self.displacement.append(moved.flatten(1).norm(dim=1))
+        if info.accepted is not None:
+            self.accepted.append(info.accepted.float())
+
+    @property
+    def acceptance(self) -> float | None:
+        """The share of all steps that were accepted; None of chains that are not adjusted."""
+        return float(torch.stack(self.accepted).mean()) if self.accepted else None
 
     def snapshot(self, state: State, steps: Collection[int]) -> None:
         """Keep a copy of the state if it is one of those steps'."""

@@ -130,6 +130,8 @@ class Evaluate:
     """Step size of the chain on --energy."""
     temperature: float = 5e-5
     """Temperature of the chain on --energy."""
+    adjusted: bool = False
+    """Let a Metropolis test accept or refuse each Langevin step (MALA)."""
     purifier: str | None = None
     """Another purifier: a shipped name, a folder, none, gaussian:0.25, jpeg:75, bits:3, tv:0.1,
     median:3 or package.module:factory."""
@@ -246,8 +248,13 @@ class Evaluate:
         if self.average is not None:
             options["average"] = self.average
         if (self.classifier, self.energy, self.purifier) == (None, None, None):
-            chain = {"steps": self.langevin_steps, "precision": self._chain_precision()}
-            return load_defense(self.defense, **chain, **options)
+            return load_defense(
+                self.defense,
+                steps=self.langevin_steps,
+                precision=self._chain_precision(),
+                adjusted=self.adjusted or None,
+                **options,
+            )
         classifier, undefended = self._classifiers()
         return PurifiedClassifier(classifier, self._purifier(), undefended=undefended, **options)
 
@@ -277,11 +284,18 @@ class Evaluate:
         if self.energy is not None and self.purifier is not None:
             raise UsageError("give --energy or --purifier, not both.")
         if self.energy is None:
-            return make_purifier(self.purifier or self.defense, self.langevin_steps)
+            return make_purifier(
+                self.purifier or self.defense, self.langevin_steps, self.adjusted or None
+            )
         steps = LangevinSettings().steps if self.langevin_steps is None else self.langevin_steps
         energy = make_module(self.energy, self.energy_weights, "energy")
         return LangevinPurifier(
-            energy, steps, self.langevin_step_size, self.temperature, self.precision
+            energy,
+            steps,
+            self.langevin_step_size,
+            self.temperature,
+            self.precision,
+            adjusted=self.adjusted,
         )
 
 

@@ -77,14 +77,19 @@ def put_on(module: M, device: torch.device) -> M:
     return module.to(device)
 
 
-def make_purifier(spec: str, steps: int | None = None) -> Purifier:
+def make_purifier(spec: str, steps: int | None = None, adjusted: bool | None = None) -> Purifier:
     """Make a purifier from a shipped name, a folder, a baseline ("jpeg:75") or module:factory.
 
+    A folder's chain takes `steps`, and a Metropolis test if `adjusted`, instead of its own; None
+    keeps them.
+
     Raises:
-        UsageError: nothing of that name.
+        UsageError: nothing of that name, or no chain that could be adjusted.
     """
     if (shipped_folder() / spec / DEFENSE).is_file() or (Path(spec) / DEFENSE).is_file():
-        return load_purifier(spec, **({} if steps is None else {"steps": steps}))
+        return load_purifier(spec, steps=steps, adjusted=adjusted)
+    if adjusted:
+        raise UsageError(f"--adjusted is for the Langevin chain of a defense folder, not {spec}.")
     kind, colon, _ = spec.partition(":")
     return as_purifier(factory(spec)()) if colon and kind not in PURIFIERS else baseline(spec)
 

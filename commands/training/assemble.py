@@ -47,6 +47,8 @@ class Assemble:
     """Langevin step size, in [-1, 1] units."""
     temperature: float = 0.0036
     """Temperature T."""
+    adjusted: bool = False
+    """Let a Metropolis test accept or refuse each Langevin step (MALA)."""
     replicates: int = 16
     """Purifications an image."""
     description: str = ""
@@ -77,7 +79,9 @@ class Assemble:
         assert self.energy is not None
         energy = ConvEnergy(self._shape(self.energy))
         load_weights(energy, self.energy)
-        return LangevinPurifier(energy, self.steps, self.step_size, self.temperature)
+        return LangevinPurifier(
+            energy, self.steps, self.step_size, self.temperature, adjusted=self.adjusted
+        )
 
     def _shape(self, path: Path) -> ConvEnergySettings:
         """Return the energy's shape as its weights tell it; what they do not is asked for."""

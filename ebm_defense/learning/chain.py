@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_defense.engine.differentiable import differentiable_gradient
+from ebm_defense.errors import UsageError
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.noise import Noise
 from ebm_defense.precision.names import resolve_precision
@@ -27,6 +28,9 @@ class LearnedChain(Purifier):
         learn_noise: whether σ is learned.
         precision: of the energy's inner activations, one of `langevin.PRECISIONS`.
         compiled: let torch compile the activations, which needs a C++ compiler on a CPU.
+
+    Raises:
+        UsageError: adjusted chains.
     """
 
     differentiable = True
@@ -42,6 +46,11 @@ class LearnedChain(Purifier):
         compiled: bool = False,
     ) -> None:
         super().__init__()
+        if settings.adjusted:
+            raise UsageError(
+                "a chain that is learned takes every step, for a Metropolis test has no gradient; "
+                "give it settings that are not adjusted."
+            )
         self.energy, self.steps = energy, settings.steps
         self.log_drift = _logarithm(settings.drift, learn_drift)
         self.log_noise = _logarithm(settings.step_size, learn_noise)

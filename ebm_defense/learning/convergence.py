@@ -40,6 +40,7 @@ class Chains:
         data, noise: the chains' images at those steps, `[kept, b, C, H, W]` in [-1, 1] units.
         data_energy, noise_energy: U before every step, `[b, K]`.
         reference: U of fresh data with the noise that it was learned with, `[n]`.
+        acceptance: the share of all steps that a Metropolis test accepted, of adjusted chains.
     """
 
     steps: tuple[int, ...]
@@ -48,6 +49,7 @@ class Chains:
     data_energy: Tensor
     noise_energy: Tensor
     reference: Tensor
+    acceptance: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,7 @@ class Convergence:
             and those from noise together (Vehtari et al. 2021).
         ess_bulk, ess_tail: effective sample sizes of the same draws.
         reason: the sentence that the verdict rests on.
+        acceptance: the share of all steps that a Metropolis test accepted, of adjusted chains.
     """
 
     verdict: str
@@ -75,6 +78,7 @@ class Convergence:
     ess_bulk: float
     ess_tail: float
     reason: str
+    acceptance: float | None = None
 
 
 def long_runs(
@@ -111,7 +115,7 @@ def long_runs(
     fresh = images + data_noise * _noise(seed, "fresh data", images)
     with torch.no_grad():
         reference = energy(fresh).float().cpu()
-    (data, data_energy), (noise, noise_energy) = runs["data"], runs["noise"]
+    (data, data_energy, taken), (noise, noise_energy, too) = runs["data"], runs["noise"]
     return Chains(
         steps=steps,
         data=data,
@@ -119,6 +123,7 @@ def long_runs(
         data_energy=data_energy,
         noise_energy=noise_energy,
         reference=reference,
+        acceptance=None if taken is None or too is None else (taken + too) / 2,
     )
 
 
@@ -144,7 +149,7 @@ def _run(
     seed: int,
     start: str,
     precision: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, float | None]:
     trace, keys = Trace(), _keys(seed, f"chains from {start}", len(x)).to(x.device)
     run_chain(
         x,
@@ -156,7 +161,7 @@ def _run(
         snapshots=steps,
     )
     images = torch.stack([trace.snapshots[k] for k in steps]).cpu()
-    return images, torch.stack(trace.energy, dim=1).cpu()
+    return images, torch.stack(trace.energy, dim=1).cpu(), trace.acceptance
 
 
 def judge_convergence(chains: Chains, *, learned_steps: int) -> Convergence:
@@ -200,6 +205,7 @@ def judge_convergence(chains: Chains, *, learned_steps: int) -> Convergence:
         ess_bulk=bulk,
         ess_tail=tail,
         reason=reason,
+        acceptance=chains.acceptance,
     )
 
 

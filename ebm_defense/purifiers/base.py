@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, get_type_hints
 
 import torch
@@ -139,6 +139,15 @@ class Purifier(nn.Module):
         plain = {k: v for k, v in vars(self).items() if isinstance(v, Plain)}
         return {"kind": type(self).__name__} | {k: v for k, v in plain.items() if k != "training"}
 
+    @classmethod
+    def described(cls, record: Mapping[str, Any]) -> str:
+        """Return in one line what one is of which a run kept this record.
+
+        Raises:
+            KeyError: a record of another version, which lacks what the line says.
+        """
+        return cls.caption.format(**record)
+
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
         """The only shape `[C, H, W]` of images that it takes, if it is that particular."""
@@ -147,6 +156,15 @@ class Purifier(nn.Module):
     def curvature(self, images: Tensor, direction: Tensor) -> Tensor | None:
         """Return ∇²U·direction at images `[b, C, H, W]`; None where it has no energy U."""
         return None
+
+    def remarks(self, images: Tensor, noise: Noise) -> list[str]:
+        """Return sentences on how images `[b, C, H, W]` in [0, 1] fare on their way; most say none.
+
+        Args:
+            images: a few; they are purified once more.
+            noise: of their chains.
+        """
+        return []
 
     def gradients(self, images: Tensor) -> tuple[str, ...]:
         """Return the gradients that fit it, by their names in `GRADIENTS`, the strongest first.

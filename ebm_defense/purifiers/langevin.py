@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,7 +14,13 @@ from ebm_defense.energies.tiled import Tiled
 from ebm_defense.engine import Energy, prepare_product
 from ebm_defense.engine.derivatives import hessian_product
 from ebm_defense.errors import UsageError
-from ebm_defense.langevin import LangevinSettings, Trace, chain_states, run_chain
+from ebm_defense.langevin import (
+    LangevinSettings,
+    Trace,
+    chain_precision,
+    chain_states,
+    run_chain,
+)
 from ebm_defense.noise import KeyedNoise, Noise, chain_keys
 from ebm_defense.precision.chains import (
     Finding,
@@ -40,6 +46,9 @@ class LangevinPurifier(SteppedPurifier):
         precision: one of `PRECISIONS`, for the energy's inner activations, or "auto": bf16
             where it is fast and a finding that ships, or that `ebm-defense precision` made, shows
             that chains in it purify as fp32 ones do, else fp32. float64 images keep float64.
+        adjusted: whether a Metropolis test accepts or refuses each step (MALA); always in fp32. The
+            gradients through it hold the decisions fixed, so that they say nothing of how an
+            image changes them; score-free attacks see that too.
 
     Raises:
         UsageError: a setting out of range.
@@ -57,9 +66,12 @@ class LangevinPurifier(SteppedPurifier):
         step_size: float = 0.01,
         temperature: float = 5e-5,
         precision: str = "auto",
+        adjusted: bool = False,
     ) -> None:
         super().__init__()
-        self.settings = LangevinSettings(steps=steps, step_size=step_size, temperature=temperature)
+        self.settings = LangevinSettings(
+            steps=steps, step_size=step_size, temperature=temperature, adjusted=adjusted
+        )
         allowed = ("auto", *PRECISIONS)
         if precision not in allowed:
             raise UsageError(f"precision is {precision!r}; choose one of {', '.join(allowed)}.")
@@ -72,7 +84,15 @@ class LangevinPurifier(SteppedPurifier):
 
     def record(self, images: Tensor) -> dict[str, Any]:
         chosen = {"precision": self.resolved_precision(images)}
-        return super().record(images) | self.numbers | chosen
+        # What is usual goes unsaid, so that a run goes on that was begun before it could be said.
+        usual = () if self.settings.adjusted else ("adjusted",)
+        numbers = {k: v for k, v in self.numbers.items() if k not in usual}
+        return super().record(images) | numbers | chosen
+
+    @classmethod
+    def described(cls, record: Mapping[str, Any]) -> str:
+        adjusted = ", Metropolis-adjusted" if record.get("adjusted") else ""
+        return super().described(record) + adjusted
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
@@ -89,10 +109,18 @@ class LangevinPurifier(SteppedPurifier):
         curved = self.curvature(one, direction.normal(0, one)).any()
         return ("full", "bpda") if curved else ("smoothed", "bpda")
 
+    def remarks(self, images: Tensor, noise: Noise) -> list[str]:
+        if not self.adjusted:
+            return []
+        trace = Trace()
+        self.purify(images, noise, trace=trace)
+        share = trace.acceptance
+        return [] if share is None else [f"{share:.1%} of the first images' steps are accepted"]
+
     def compare_precisions(
         self, images: Tensor, classify: Classify, labels: Tensor
     ) -> dict[str, tuple[str, Finding]]:
-        if not isinstance(self.energy, nn.Module) or not self.chain_steps:
+        if not isinstance(self.energy, nn.Module) or not self.chain_steps or self.adjusted:
             return {}
         energy, chain = self.energy, self.settings
         count = max(len(images), affordable(images.device, chain))
@@ -107,7 +135,7 @@ class LangevinPurifier(SteppedPurifier):
         return {p: compared(p) for p in faster_precisions(images.device)}
 
     def shortened(self, steps: int) -> LangevinPurifier:
-        """Return the chain of fewer, larger steps of the same total time Σε².
+        """Return the chain of fewer, larger steps of the same total time Σε², all of them taken.
 
         Raises:
             UsageError: it takes fewer steps itself.
@@ -127,18 +155,23 @@ class LangevinPurifier(SteppedPurifier):
             return self  # it takes images of any size as it is
         chain, precision = self.settings, "fp32" if self.precision == "auto" else self.precision
         tiles = Tiled(self.energy, self.image_shape[1])
-        return LangevinPurifier(tiles, chain.steps, chain.step_size, chain.temperature, precision)
+        return LangevinPurifier(tiles, precision=precision, **asdict(chain))
 
     def brief(self, images: Tensor) -> LangevinPurifier:
         """Return the chain's first step, in the precision of the whole."""
         chain, precision = self.settings, self.resolved_precision(images)
         precision = precision if precision in PRECISIONS else self.precision
-        steps = min(1, chain.steps)
-        return LangevinPurifier(self.energy, steps, chain.step_size, chain.temperature, precision)
+        first = replace(chain, steps=min(1, chain.steps))
+        return LangevinPurifier(self.energy, precision=precision, **asdict(first))
 
     @property
     def chain_steps(self) -> int:  # type: ignore[override]
         return self.settings.steps
+
+    @property
+    def adjusted(self) -> bool:
+        """Whether a Metropolis test accepts or refuses each step."""
+        return self.settings.adjusted
 
     def purify(
         self,
@@ -191,10 +224,17 @@ class LangevinPurifier(SteppedPurifier):
         return [x, *after]
 
     def vjp_step(self, cotangent: Tensor, x: Tensor, noise: Noise, step: int) -> Tensor:
-        return cotangent - self.settings.drift * hessian_product(self.energy, x, cotangent)
+        pulled = self.settings.drift * hessian_product(self.energy, x, cotangent)
+        return cotangent - (self._moved(x, noise, step) * pulled if self.adjusted else pulled)
+
+    def _moved(self, x: Tensor, noise: Noise, step: int) -> Tensor:
+        """Return for each adjusted chain 1 if its step from x was accepted, else 0."""
+        with torch.autocast(x.device.type, enabled=False):
+            after = self.advance(x, noise, range(step, step + 1))
+        return (after != x).flatten(1).any(1).to(x).view(-1, *[1] * (x.ndim - 1))
 
     def prepared_vjp(self, x: Tensor, precision: str) -> PreparedVjp | None:
-        if type(self).vjp_step is not LangevinPurifier.vjp_step:
+        if type(self).vjp_step is not LangevinPurifier.vjp_step or self.adjusted:
             return None
         resolved = resolve_precision(precision, x.device, x.dtype)
         product, drift = prepare_product(self.energy, x, resolved), self.settings.drift
@@ -212,8 +252,9 @@ class LangevinPurifier(SteppedPurifier):
 
     def resolved_precision(self, images: Tensor) -> str:
         """Return the precision that these images would be purified in; see `precision`."""
-        if self.precision != "auto":
-            return resolve_precision(self.precision, images.device, images.dtype)
+        if self.precision != "auto" or self.adjusted:
+            asked = "fp32" if self.precision == "auto" else self.precision
+            return chain_precision(asked, images, self.settings)
         about = (images.device, images.dtype, self.settings, *versions(self.energy))
         if about not in self._checked:
             self._checked = {about: allowed_precision(self.energy, images, self.settings)}
@@ -221,4 +262,5 @@ class LangevinPurifier(SteppedPurifier):
 
     def extra_repr(self) -> str:
         s = self.settings
-        return f"steps={s.steps}, step_size={s.step_size}, temperature={s.temperature}"
+        adjusted = ", adjusted=True" if s.adjusted else ""
+        return f"steps={s.steps}, step_size={s.step_size}, temperature={s.temperature}{adjusted}"

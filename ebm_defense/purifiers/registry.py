@@ -44,7 +44,7 @@ def caption(record: Mapping[str, Any]) -> str:
     kind = kind_of(record)
     if kind is not None and kind.caption:
         try:
-            return kind.caption.format(**record)
+            return kind.described(record)
         except KeyError:
             pass  # a record of another version
     plain = ((k, v) for k, v in record.items() if isinstance(v, float | int))

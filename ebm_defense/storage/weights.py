@@ -33,7 +33,7 @@ from ebm_defense.storage.folders import (
 )
 from ebm_defense.storage.state_dicts import load_into, load_weights, unwrapped_state
 
-CHAIN_OPTIONS = ("steps", "precision")
+CHAIN_OPTIONS = ("steps", "precision", "adjusted")
 
 
 def load_defense(name: str | Path = "fashion-mnist", **options: Any) -> PurifiedClassifier:
@@ -41,8 +41,8 @@ def load_defense(name: str | Path = "fashion-mnist", **options: Any) -> Purified
 
     Args:
         name: a shipped name or a folder.
-        **options: `steps` and `precision` of the Langevin purifier (None keeps its own); the rest
-            goes to `PurifiedClassifier` (replicates, average, max_chains, seed).
+        **options: `steps`, `precision` and `adjusted` of the Langevin purifier (None keeps its
+            own); the rest goes to `PurifiedClassifier` (replicates, average, max_chains, seed).
 
     Raises:
         UsageError: no such defense, or a file that is missing, damaged or not the one hashed.
@@ -67,7 +67,7 @@ def load_purifier(name: str | Path = "fashion-mnist", **options: Any) -> Purifie
 
     Args:
         name: a shipped name or a folder.
-        **options: `steps` and `precision` of a Langevin purifier.
+        **options: `steps`, `precision` and `adjusted` of a Langevin purifier.
 
     Raises:
         UsageError: as `load_defense`.
@@ -106,8 +106,12 @@ def _load_network(path: Path, name: str, settings: Any) -> nn.Module:
 def _purifier(folder: Path, said: PurifierSettings, options: dict[str, Any]) -> Purifier:
     kind = PURIFIERS[said.name]
     given = {k: v for k, v in options.items() if v is not None}
-    if not {*given} <= {*kind.arguments(), *kind.options}:
-        raise UsageError(f"{folder.name} runs no chain, so it has no steps or precision to set.")
+    unknown = [k for k in given if k not in (*kind.arguments(), *kind.options)]
+    if unknown:
+        raise UsageError(
+            f"{folder.name} runs no Langevin chain: its purifier {said.name} has no "
+            f"{' or '.join(unknown)} to set."
+        )
     networks = {
         name: _load_network(folder / f"{name}.safetensors", *settings)
         for name, settings in said.networks.items()

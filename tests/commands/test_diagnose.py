@@ -42,6 +42,15 @@ def test_an_energy_that_was_just_learned_is_diagnosed(run, tiny_defense, tmp_pat
     assert (out / "diagnosis.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_adjusted_chains_say_how_many_steps_are_accepted(run, tiny_defense, tmp_path) -> None:
+    asked = [tiny_defense, "--adjusted", *words(DIAGNOSE), "--classifier", tiny_defense]
+    status, printed, _ = run("diagnose", *asked, "--out", tmp_path)
+    assert status == 0
+    share = tomllib.loads((tmp_path / "diagnosis.toml").read_text())["convergence"]["acceptance"]
+    assert 0 < share <= 1
+    assert f"; {share:.1%} of steps are accepted" in printed
+
+
 def test_chains_shorter_than_those_of_learning_are_refused(run, tiny_defense, tmp_path) -> None:
     asked = [tiny_defense, "--learned-steps", 100, *words(DIAGNOSE), "--out", tmp_path / "never"]
     status, _, error = run("diagnose", *asked)

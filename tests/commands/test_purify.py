@@ -32,6 +32,17 @@ def test_purify_writes_images_and_a_film_strip(run, tiny_defense, tmp_path: Path
         assert not np.array_equal(np.asarray(purified), np.asarray(original))
 
 
+def test_adjusted_steps_are_counted(run, tiny_defense, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "in", 8)
+    words = ("purify", folder, "--adjusted", "--out", tmp_path / "out")
+    status, printed, _ = run(*words, "--purifier", tiny_defense)
+    assert status == 0
+    assert "% of the first images' steps are accepted" in printed
+    status, _, error = run(*words, "--purifier", "jpeg:75")
+    assert status == 2
+    assert "--adjusted is for the Langevin chain" in error
+
+
 def test_purify_names_mistakes(run, tiny_defense, tmp_path: Path) -> None:
     folder = write_images(tmp_path / "in", 9)
     words = ("--purifier", tiny_defense, "--out", tmp_path / "out")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from ebm_defense import load_energy
+from ebm_defense import load_energy, load_purifier
 from ebm_defense.storage.files import save_tensors
 from ebm_defense.storage.folders import read_settings
 
@@ -125,6 +125,9 @@ def test_assemble_takes_the_activation_that_the_energy_was_trained_with(run, tmp
     assert run(*words, "--energy", weights, "--out", tmp_path / "d")[0] == 0
     energy = load_energy(tmp_path / "d").settings
     assert (energy.activation, energy.image_size) == ("soft_lrelu", 8)
+    assert run(*words, "--energy", weights, "--adjusted", "--out", tmp_path / "a")[0] == 0
+    assert load_purifier(tmp_path / "a").settings.adjusted
+    assert not load_purifier(tmp_path / "a", adjusted=False).settings.adjusted
     assert read_settings(tmp_path / "d").data == "digits"
     wrong = run(*words, "--energy", weights, "--activation", "leaky_relu", "--out", tmp_path / "x")
     assert wrong[0] == 2
