@@ -464,7 +464,7 @@ def test_the_published_files_make_a_defense_that_classifies(published):
 
 def test_the_published_defense_has_the_published_settings(published):
     settings = read_settings(published[1])
-    chain = {"steps": 1500, "step_size": 0.01, "temperature": 5e-5}
+    chain = {"steps": 1500, "step_size": 0.01, "temperature": 5e-5, "adjusted": False}
     assert settings.purifier == (
         "langevin",
         chain,
