@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 import os
@@ -163,11 +164,21 @@ def _run(name: str, rest: list[str]) -> int:
 
 
 def parse(command: type[Any], name: str, rest: list[str]) -> Any:
-    """Build a command from its options, over the values of `--config FILE` where one is given."""
+    """Build a command from its options, over the values of `--config FILE` where one is given.
+
+    A command that has recipes says by its `recipe_file` where the one of `--recipe NAME` lies.
+    """
     import tyro
 
-    rest, file = _take_config(rest)
+    rest, file = _take(rest, "--config")
     default = from_file(command, file) if file else None
+    if hasattr(command, "recipe_file") and {"-h", "--help"}.isdisjoint(rest):
+        rest, recipe = _take(rest, "--recipe")
+        if recipe and file:
+            raise UsageError("--config and --recipe each give all options; leave one of them out.")
+        if recipe:
+            default = from_file(command, str(command.recipe_file(recipe)))
+            default = dataclasses.replace(default, recipe=recipe)
     return tyro.cli(
         command,
         prog=f"ebm-defense {name}",
@@ -177,19 +188,20 @@ def parse(command: type[Any], name: str, rest: list[str]) -> Any:
     )
 
 
-def _take_config(rest: list[str]) -> tuple[list[str], str | None]:
+def _take(rest: list[str], option: str) -> tuple[list[str], str | None]:
+    """Take an option and its word out of the others."""
     for i, word in enumerate(rest):
-        if word.startswith("--config="):
+        if word.startswith(f"{option}="):
             return rest[:i] + rest[i + 1 :], word.partition("=")[2]
-        if word == "--config":
+        if word == option:
             if i + 1 == len(rest):
-                raise UsageError("--config needs the path of a TOML file.")
+                raise UsageError(f"{option} needs the path of a TOML file.")
             return rest[:i] + rest[i + 2 :], rest[i + 1]
     return rest, None
 
 
 def from_file(command: type[Any], path: str) -> Any:
-    """Build a command from a TOML file of its options.
+    """Build a command from a TOML file of its options; paths that it lacks are left to be given.
 
     Raises:
         UsageError: the file cannot be read, or holds what is no option.
@@ -197,13 +209,23 @@ def from_file(command: type[Any], path: str) -> Any:
     import tomllib
     from pathlib import Path
 
+    import tyro
+
     from ebm_defense.storage.serialize import from_plain
 
     try:
         plain = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"the settings file {path} cannot be read ({error}).") from error
-    return from_plain(command, {k.replace("-", "_"): v for k, v in plain.items()}, path)
+    plain = {k.replace("-", "_"): v for k, v in plain.items()}
+    needed = [f.name for f in dataclasses.fields(command) if _is_needed(f)]
+    absent = {name: tyro.MISSING for name in needed if name == "out" and name not in plain}
+    found = from_plain(command, plain | dict.fromkeys(absent, ""), path)
+    return dataclasses.replace(found, **absent) if absent else found
+
+
+def _is_needed(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _say(message: object, status: int) -> int:

@@ -323,11 +323,12 @@ class TrainDefense:
                 if trainer.team.leads:
                     bar.write(line(found))
                     self._keep(trainer, out)
+                trainer.save(out / CHECKPOINT)
         if trainer.team.leads:
             print(f"the defense is {out / 'defense'}; evaluate it with --defense {out / 'defense'}")
 
     def _keep(self, trainer: DefenseTrainer, out: Path) -> None:
-        """Write the best weights, the history and, last, the checkpoint, each atomically."""
+        """Write the best weights and the history, each atomically."""
         purifier, classifier = trainer.kept()
         defense = PurifiedClassifier(
             classifier.cpu(),
@@ -337,7 +338,6 @@ class TrainDefense:
         save_defense(defense, out / "defense", description=self._described(), data=self.data)
         history = pd.DataFrame(trainer.history, columns=list(Progress._fields))
         write_text(out / "history.csv", history.to_csv(index=False))
-        trainer.save(out / CHECKPOINT)
 
     def _described(self) -> str:
         if self.description:

@@ -21,7 +21,7 @@ from ebm_defense.learning.likelihood import LikelihoodTerm
 from ebm_defense.learning.objectives import Loss
 from ebm_defense.learning.parallel import Team
 from ebm_defense.learning.recipe import DefenseRecipe
-from ebm_defense.noise import GeneratorNoise
+from ebm_defense.noise import GeneratorNoise, derive_seed
 from ebm_defense.precision.names import resolve_precision
 from ebm_defense.purifiers import Purifier
 from ebm_defense.storage.files import load_plain, save_state
@@ -160,8 +160,8 @@ class DefenseTrainer:
     def _likelihood(self) -> LikelihoodTerm | None:
         if self.recipe.likelihood is None:
             return None
-        generator = generator_of(self.recipe.seed, f"bank {self.team.rank}")
-        return LikelihoodTerm(self.recipe.likelihood, self.batches.data.images, generator)
+        images, seed = self.batches.data.images, derive_seed(self.recipe.seed, "likelihood")
+        return LikelihoodTerm(self.recipe.likelihood, images, seed, self.team)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -202,7 +202,7 @@ class DefenseTrainer:
         if self.likelihood is not None:
             assert isinstance(self.purifier, LearnedChain)
             chain = self.purifier
-            loss = loss + self.likelihood(chain.energy, chain.settings, generator)
+            loss = loss + self.likelihood(chain.energy, chain.settings, self.done)
         right = logits.argmax(1).eq(labels).double().mean()
         self._descend(loss)
         self.learned.eval()
@@ -300,7 +300,10 @@ class DefenseTrainer:
         return clean, min(clean, robust)
 
     def save(self, path: Path) -> None:
-        """Write everything that `load` needs to go on exactly, atomically."""
+        """Write everything that `load` needs to go on exactly, atomically.
+
+        In a team everyone calls it; the leader writes.
+        """
         state: dict[str, Any] = {
             "about": self._about(),
             "learned": self.learned.state_dict(),
@@ -312,8 +315,9 @@ class DefenseTrainer:
             "history": torch.tensor([list(p) for p in self.history], dtype=torch.float64),
         }
         if self.likelihood is not None:
-            state["bank"] = self.likelihood.bank
-        save_state(path, state)
+            state["likelihood"] = self.likelihood.start.state()
+        if self.team.leads:
+            save_state(path, state)
 
     def _about(self) -> dict[str, Any]:
         return {"seed": self.recipe.seed, "learn": self.recipe.learn}
@@ -335,7 +339,7 @@ class DefenseTrainer:
             rows = state["history"].tolist()
             self.history = [Progress(int(u), a, b, c, d, int(n)) for u, a, b, c, d, n in rows]
             if self.likelihood is not None:
-                self.likelihood.bank = state["bank"]
+                self.likelihood.start.restore(state["likelihood"])
         except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UsageError(f"{path} is no checkpoint of these networks: {error}") from error
 

@@ -1,10 +1,13 @@
-"""Maximum likelihood learning of an energy from persistent chains."""
+"""Learning an energy: batches, weights, averages, processes, checkpoints, and the way back.
+
+What moves the weights is an objective (`energy_objectives`); the usual one is maximum likelihood,
+with chains that begin where a start (`starts`) says.
+"""
 
 from __future__ import annotations
 
-import math
+import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,70 +16,29 @@ from torch import Tensor, nn
 
 from ebm_defense.errors import FailedRunError, UsageError
 from ebm_defense.interface.images import check_training_images
-from ebm_defense.interface.modes import in_eval_mode, modules_of
-from ebm_defense.langevin import LangevinSettings, Trace, run_chain
-from ebm_defense.learning.bank import Start, noisy_data, visit
 from ebm_defense.learning.checkpoints import refuse_another
-from ebm_defense.noise import GeneratorNoise
+from ebm_defense.learning.draws import Batch, Draws, batch_of
+from ebm_defense.learning.energy_objectives import EnergyObjective
+from ebm_defense.learning.energy_recipe import EnergyRecipe
+from ebm_defense.learning.parallel import Team
+from ebm_defense.learning.registry import Parts, make_objective
 from ebm_defense.storage.files import load_plain, save_state
 from ebm_defense.storage.state_dicts import about
 
 PIXEL_LIMIT = 6.0
-ENERGY_LIMIT = 1e4
+
+_log = logging.getLogger("ebm_defense.learning")
 
 
 class DivergedError(FailedRunError):
     """Learning has run away; the message says how far it came."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EnergyRecipe:
-    """How an energy is learned (Hill, Mitchell, Zhu 2021; Hill et al. 2022 for rejuvenation).
-
-    Attributes:
-        updates: weight updates in all.
-        batch: data images and chains an update, at most `bank`.
-        bank: persistent chains.
-        langevin: steps K, step size and temperature of the chains between two updates.
-        data_noise: σ of the noise on training images, in [-1, 1] units.
-        rejuvenation: probability that a visited chain starts afresh.
-        start: where fresh chains begin, "data" or "uniform".
-        adam_lr, final_lr: Adam's learning rate falls from the first to the second by a cosine.
-        sgd_from: the update from which plain SGD takes over, 1 or more; None for Adam throughout.
-        sgd_lr: SGD's learning rate, in units of the temperature.
-        average: decay of the weights' running average, the weights that are kept.
-        seed: seed of every draw.
-    """
-
-    updates: int = 10_000
-    batch: int = 100
-    bank: int = 10_000
-    langevin: LangevinSettings = field(default_factory=lambda: LangevinSettings(steps=20))
-    data_noise: float = 0.02
-    rejuvenation: float = 0.05
-    start: str = "data"
-    adam_lr: float = 1e-4
-    final_lr: float = 1e-5
-    sgd_from: int | None = None
-    sgd_lr: float = 5e-5
-    average: float = 0.999
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.batch <= self.bank:
-            raise UsageError(
-                f"batch must be between 1 and the bank's {self.bank}, not {self.batch}."
-            )
-        if not 0 <= self.rejuvenation <= 1 or not 0 <= self.average < 1:
-            raise UsageError("rejuvenation must lie in [0, 1] and average in [0, 1).")
-        if self.langevin.steps < 1:
-            raise UsageError("the Langevin steps between two updates must be at least 1.")
-        if self.updates < 1 or (self.sgd_from is not None and self.sgd_from < 1):
-            raise UsageError("updates and sgd_from must be at least 1.")
-
-
 class Update(NamedTuple):
-    """One update's diagnostics (Nijkamp et al. 2019): d_s, and r_s in displacement units."""
+    """One update's diagnostics (Nijkamp et al. 2019): d_s, and r_s in displacement units.
+
+    An objective without chains shows its loss in place of d_s, and 0 for r_s.
+    """
 
     number: int
     energy_difference: float
@@ -86,6 +48,9 @@ class Update(NamedTuple):
 class EnergyTrainer:
     """Learns `energy` on `images`; iterate `run()` and look at each `Update`.
 
+    Every draw is a function of (seed, update, place in the batch). A run goes on exactly where it
+    stopped, and as many processes as share it make the same updates, up to rounding.
+
     Args:
         energy: the network, trained in place.
         images: training images `[N, C, H, W]` in [0, 1].
@@ -93,25 +58,46 @@ class EnergyTrainer:
         precision: of the chains' inner activations, one of `PRECISIONS`; "fastest" takes
             bf16 unchecked where it is native, since an energy is learned by whatever chains it is
             given, and how its fp32 chains go shows afterwards. The weight update is always fp32.
+        objective: what moves the weights, where it is not the recipe's.
+        generator: what draws the starts "generator" and "cooperative".
+        team: the processes that learn together, each of them with the same arguments.
 
     Raises:
-        UsageError: images outside [0, 1], NaN, or none.
+        UsageError: images outside [0, 1], NaN, or none; or a batch that the team cannot share.
     """
 
     def __init__(
-        self, energy: nn.Module, images: Tensor, recipe: EnergyRecipe, precision: str = "fastest"
+        self,
+        energy: nn.Module,
+        images: Tensor,
+        recipe: EnergyRecipe,
+        precision: str = "fastest",
+        *,
+        objective: EnergyObjective | None = None,
+        generator: nn.Module | None = None,
+        team: Team | None = None,
     ) -> None:
         check_training_images(images)
-        self.energy, self.recipe, self.precision = energy, recipe, precision
+        self.team = team or Team()
+        self.team.refuse_uneven(recipe.batch, recipe.accumulate)
+        self.energy, self.recipe, self.generator = energy, recipe, generator
         self.device = next(energy.parameters()).device
         self.images = images * 2.0 - 1.0
-        self.start = Start(kind=recipe.start, images=self.images, noise=recipe.data_noise)
-        self.generator = torch.Generator().manual_seed(recipe.seed)
-        self.bank = self.start.draw(recipe.bank, self.generator)
         self.averaged = torch.optim.swa_utils.AveragedModel(
             energy, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.average)
         )
         self.history: list[Update] = []
+        self.setbacks = 0
+        self.saved: Path | None = None
+        parts = Parts(
+            recipe=recipe,
+            images=self.images,
+            places=self._batch,
+            precision=precision,
+            team=self.team,
+            generator=generator,
+        )
+        self.objective = objective or make_objective(parts)
         self.optimiser = self._optimiser()
 
     @property
@@ -122,14 +108,33 @@ class EnergyTrainer:
     def run(self) -> Iterator[Update]:
         """Update until the recipe's number is reached, yielding each update's diagnostics.
 
+        After a divergence the run goes back to what `save` or `load` had last, with half the
+        learning rate, as often as the recipe allows; the updates since then are yielded again.
+
         Raises:
-            DivergedError: a NaN, a pixel beyond ±6, or d_s beyond ±10,000. The weights are then
-                as they were before the bad update.
+            DivergedError: a NaN, a pixel beyond ±6, or d_s beyond the recipe's limit, and no way
+                back. The weights are then as they were before the bad update.
         """
         while self.done < self.recipe.updates:
-            if self.done == self.recipe.sgd_from:
-                self.optimiser = self._optimiser()
-            yield self._update()
+            try:
+                update = self._update()
+            except DivergedError as error:
+                self._go_back(error)
+                continue
+            yield update
+
+    def _go_back(self, error: DivergedError) -> None:
+        setbacks = self.setbacks + 1
+        if self.saved is None or setbacks > self.recipe.setbacks:
+            raise error
+        bad = self.done + 1
+        self.load(self.saved)
+        self.setbacks = setbacks
+        _log.warning(
+            "learning diverged at update %d; it goes on from update %d with 1/%d of the learning "
+            "rate (setback %d of %d).",
+            *(bad, self.done, 2**setbacks, setbacks, self.recipe.setbacks),
+        )
 
     def _optimiser(self) -> torch.optim.Optimizer:
         r = self.recipe
@@ -137,56 +142,55 @@ class EnergyTrainer:
             return torch.optim.SGD(self.energy.parameters(), lr=r.sgd_lr * r.langevin.temperature)
         return torch.optim.Adam(self.energy.parameters(), lr=r.adam_lr)
 
+    def _batch(self, update: int, whole: int) -> Batch:
+        """Return this process's share of a batch of so many places."""
+        draws = Draws(
+            seed=self.recipe.seed,
+            update=update,
+            places=self.team.places(whole),
+            batch=whole,
+            device=self.device,
+        )
+        return batch_of(self.images, draws)
+
     def _update(self) -> Update:
-        r = self.recipe
-        rows, states = visit(self.bank, self.start, r.batch, r.rejuvenation, self.generator)
-        negative, strength = self._sample(states.to(self.device))
-        positive = noisy_data(self.images, r.batch, r.data_noise, self.generator).to(self.device)
-        difference = self.energy(positive).mean() - self.energy(negative).mean()
-        loss = difference / r.langevin.temperature
-        update = Update(self.done + 1, float(loss.detach()), strength)
-        self._check(update, negative)
-        self._descend(loss)
-        self.bank[rows] = negative.cpu()
+        if self.done == self.recipe.sgd_from:
+            self.optimiser = self._optimiser()
+        self.optimiser.zero_grad(set_to_none=True)
+        update = self._estimate(self._batch(self.done, self.recipe.batch))
+        self._descend()
+        self.objective.keep()
         self.history.append(update)
         return update
 
-    def _sample(self, states: Tensor) -> tuple[Tensor, float]:
-        trace = Trace()
-        noise = GeneratorNoise(self.generator)
-        # A chain is of one energy: dropout or batch statistics would make it another every step.
-        with in_eval_mode(modules_of(self.energy)):
-            ends = run_chain(
-                states,
-                noise,
-                energy=self.energy,
-                settings=self.recipe.langevin,
-                precision=self.precision,
-                trace=trace,
-            )
-        return ends, float(torch.stack(trace.gradient_norm).mean())
+    def _estimate(self, batch: Batch) -> Update:
+        """Make the gradients of a batch, part by part, and return what it shows."""
+        shown, furthest = [0.0, 0.0], 0.0
+        for part in batch.parts(self.recipe.accumulate):
+            found = self.objective.estimate(self.energy, part)
+            share = len(part) / len(batch)
+            (found.loss * share).backward()
+            for i, number in enumerate((found.difference, found.strength)):
+                shown[i] += share * float(number)
+            furthest = _largest(furthest, float(found.furthest))
+        update = Update(self.done + 1, *self.team.mean(shown, self.device))
+        self._check(update, self.team.largest(furthest, self.device))
+        return update
 
-    def _descend(self, loss: Tensor) -> None:
-        self._schedule()
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+    def _descend(self) -> None:
+        rate = self.recipe.rate(self.done) * 0.5**self.setbacks
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.team.average(p.grad for p in self.energy.parameters() if p.grad is not None)
         self.optimiser.step()
         self.averaged.update_parameters(self.energy)
 
-    def _schedule(self) -> None:
-        r = self.recipe
-        if isinstance(self.optimiser, torch.optim.SGD):
-            return
-        share = self.done / (r.sgd_from or r.updates)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * share))
-        for group in self.optimiser.param_groups:
-            group["lr"] = r.final_lr + (r.adam_lr - r.final_lr) * cosine
-
-    def _check(self, update: Update, states: Tensor) -> None:
-        furthest = float(states.abs().max())
+    def _check(self, update: Update, furthest: float) -> None:
         # Written so that a NaN fails the comparison.
-        if abs(update.energy_difference) < ENERGY_LIMIT and furthest < PIXEL_LIMIT:
+        if abs(update.energy_difference) < self.recipe.limit and furthest < PIXEL_LIMIT:
             return
+        self.objective.drop()
+        self.optimiser.zero_grad(set_to_none=True)
         raise DivergedError(
             f"learning diverged at update {update.number}: d_s = {update.energy_difference:.3g}, "
             f"largest pixel {furthest:.3g}; lower the learning rate or step size, or raise the "
@@ -194,23 +198,32 @@ class EnergyTrainer:
         )
 
     def save(self, path: Path) -> None:
-        """Write everything that `load` needs to go on exactly, atomically."""
-        state: dict[str, Any] = {
+        """Write everything that `load` needs to go on exactly, atomically.
+
+        In a team everyone calls it; the leader writes.
+        """
+        chains = self.objective.state()
+        if self.team.leads:
+            save_state(path, self._state(chains))
+        self.team.wait()
+        self.saved = path
+
+    def _state(self, chains: dict[str, Any]) -> dict[str, Any]:
+        return {
             "about": self._about(),
             "energy": self.energy.state_dict(),
             "averaged": self.averaged.state_dict(),
             "optimiser": self.optimiser.state_dict(),
-            "bank": self.bank,
-            "generator": self.generator.get_state(),
+            "objective": chains,
+            "setbacks": self.setbacks,
             "history": torch.tensor([list(u) for u in self.history], dtype=torch.float64),
         }
-        save_state(path, state)
 
     def _about(self) -> dict[str, Any]:
-        return {"seed": self.recipe.seed, **about(self.energy)}
+        return {"seed": self.recipe.seed, **about(self.energy), "batch": self.recipe.batch}
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint of `save`.
+        """Go on from a checkpoint of `save`, of a team of any size.
 
         Raises:
             UsageError: a missing or damaged checkpoint, or one of another network, bank or seed.
@@ -218,17 +231,23 @@ class EnergyTrainer:
         state = load_plain(path, "cpu")
         refuse_another(state, self._about(), path)
         try:
-            self.energy.load_state_dict(state["energy"])
-            self.averaged.load_state_dict(state["averaged"])
-            rows = state["history"].tolist()
-            self.history = [Update(int(n), d, r) for n, d, r in rows]
-            self.optimiser = self._optimiser()
-            self.optimiser.load_state_dict(state["optimiser"])
-            if state["bank"].shape != self.bank.shape:
-                raise ValueError(f"its bank has shape {tuple(state['bank'].shape)}")
-            self.bank = state["bank"]
-            self.generator.set_state(state["generator"])
+            self._restore(state)
         except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UsageError(
                 f"{path} is no checkpoint of this network and recipe: {error}"
             ) from error
+        self.saved = path
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.energy.load_state_dict(state["energy"])
+        self.averaged.load_state_dict(state["averaged"])
+        self.history = [Update(int(n), d, r) for n, d, r in state["history"].tolist()]
+        self.setbacks = int(state["setbacks"])
+        self.optimiser = self._optimiser()
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.objective.restore(state["objective"])
+
+
+def _largest(before: float, value: float) -> float:
+    """Return the larger of two, and NaN if one is."""
+    return value if not value <= before else before

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ebm_defense.errors import UsageError
-from ebm_defense.langevin import LangevinSettings, run_chain
-from ebm_defense.learning.bank import Start, noisy_data, visit
+from ebm_defense.langevin import LangevinSettings
+from ebm_defense.learning.draws import Batch, Draws, batch_of
 from ebm_defense.learning.energy import PIXEL_LIMIT, DivergedError
-from ebm_defense.noise import GeneratorNoise
+from ebm_defense.learning.energy_objectives import MaximumLikelihood
+from ebm_defense.learning.parallel import Team
+from ebm_defense.learning.starts import FromData, Persistent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,37 +51,42 @@ class LikelihoodTerm:
     Args:
         settings: all numbers.
         images: training images `[N, C, H, W]` in [0, 1].
-        generator: what the bank's first states are drawn with.
+        seed: of every draw.
+        team: the processes that learn together, among whom the bank is shared out.
+
+    Raises:
+        UsageError: a batch that the team cannot share.
     """
 
-    def __init__(self, settings: Likelihood, images: Tensor, generator: torch.Generator) -> None:
-        self.settings, self.images = settings, images * 2.0 - 1.0
-        self.start = Start(kind="data", images=self.images, noise=settings.data_noise)
-        self.bank = self.start.draw(settings.bank, generator)
+    def __init__(
+        self, settings: Likelihood, images: Tensor, seed: int, team: Team | None = None
+    ) -> None:
+        self.settings, self.images, self.seed = settings, images * 2.0 - 1.0, seed
+        self.team = team or Team()
+        self.team.refuse_uneven(settings.batch)
+        source = FromData(self.images, settings.data_noise)
+        first = self._batch(-1, settings.bank, images.device)
+        self.start = Persistent(source, settings.bank, settings.rejuvenation, first, self.team)
 
-    def __call__(
-        self, energy: nn.Module, chain: LangevinSettings, generator: torch.Generator
-    ) -> Tensor:
+    def _batch(self, update: int, whole: int, device: torch.device) -> Batch:
+        places = self.team.places(whole)
+        draws = Draws(seed=self.seed, update=update, places=places, batch=whole, device=device)
+        return batch_of(self.images, draws)
+
+    def __call__(self, energy: nn.Module, chain: LangevinSettings, update: int) -> Tensor:
         """Run the visited chains, keep where they end, and return the loss.
 
         Raises:
             DivergedError: a chain left ±6.
         """
-        s = self.settings
-        rows, states = visit(self.bank, self.start, s.batch, s.rejuvenation, generator)
-        device = next(energy.parameters()).device
-        moves = LangevinSettings(
-            steps=s.steps, step_size=chain.step_size, temperature=chain.temperature
-        )
-        ends = run_chain(
-            states.to(device), GeneratorNoise(generator), energy=energy, settings=moves
-        )
-        if not float(ends.abs().max()) < PIXEL_LIMIT:
+        s, device = self.settings, next(energy.parameters()).device
+        moves = replace(chain, steps=s.steps)
+        likelihood = MaximumLikelihood(self.start, moves, s.data_noise, "fp32")
+        found = likelihood.estimate(energy, self._batch(update, s.batch, device))
+        if not float(found.furthest) < PIXEL_LIMIT:
             raise DivergedError(
                 "a chain of the likelihood's bank left ±6; raise its weight or lower the learning "
                 "rate, and resume from the last checkpoint."
             )
-        self.bank[rows] = ends.cpu()
-        data = noisy_data(self.images, s.batch, s.data_noise, generator).to(device)
-        difference = energy(data).mean() - energy(ends).mean()
-        return s.weight * difference / chain.temperature
+        likelihood.keep()
+        return s.weight * found.loss

@@ -36,7 +36,7 @@ def test_train_ebm_resumes_exactly_and_draws(run, tmp_path: Path) -> None:
     assert all(np.array_equal(one[k].numpy(), other[k].numpy()) for k in one)
     assert (whole / "history.csv").read_bytes() == (parts / "history.csv").read_bytes()
     pictures = {p.name for p in (whole / "pictures").iterdir()}
-    assert pictures == {"bank-0000004.png", "chains-0000004.png", "curves.png"}
+    assert pictures == {"ends-0000004.png", "chains-0000004.png", "curves.png"}
 
 
 def stop_after(updates: int):

@@ -227,7 +227,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(learn, tmp_path)
     assert same(values(second.learned), values(whole.learned))
     assert same(values(second.averaged), values(whole.averaged))
     assert same(second.best, whole.best)
-    assert torch.equal(second.likelihood.bank, whole.likelihood.bank)
+    assert torch.equal(second.likelihood.start.bank, whole.likelihood.start.bank)
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):

@@ -16,7 +16,6 @@ from ebm_defense.data import load_data
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
 from ebm_defense.errors import UsageError
 from ebm_defense.langevin import LangevinSettings, run_chain
-from ebm_defense.learning.bank import Start, noisy_data, visit
 from ebm_defense.learning.batches import shifted
 from ebm_defense.learning.classifier import (
     ClassifierRecipe,
@@ -24,8 +23,8 @@ from ebm_defense.learning.classifier import (
     accuracy,
 )
 from ebm_defense.learning.diagnostics import long_chains
-from ebm_defense.learning.energy import DivergedError, EnergyRecipe, EnergyTrainer
-from ebm_defense.noise import GeneratorNoise
+from ebm_defense.learning.energy import DivergedError, EnergyTrainer
+from ebm_defense.learning.energy_recipe import EnergyRecipe
 from ebm_defense.storage.files import save_state
 
 quick = settings(
@@ -40,74 +39,6 @@ def seeded(seed: int) -> torch.Generator:
 def numbered(count: int, shape=(1, 2, 2)) -> torch.Tensor:
     """Images that are their own number all over."""
     return torch.arange(float(count)).view(-1, 1, 1, 1).expand(count, *shape).clone()
-
-
-# The bank
-
-
-def start_of(kind="data", noise=0.0, count=5) -> Start:
-    return Start(kind=kind, images=100 + numbered(count), noise=noise)
-
-
-def test_a_chain_that_is_never_renewed_is_taken_as_it_is():
-    bank = numbered(10)
-    rows, states = visit(bank, start_of(), 4, 0.0, seeded(0))
-    assert torch.equal(states, bank[rows])
-
-
-def test_a_chain_that_is_always_renewed_is_fresh():
-    _, states = visit(numbered(10), start_of(), 4, 1.0, seeded(0))
-    assert bool((states >= 100).all())
-
-
-@quick
-@given(bank=st.integers(1, 12), share=st.floats(0, 1), p=st.floats(0, 1), seed=st.integers(0, 99))
-def test_rows_are_drawn_without_replacement_and_the_bank_is_left_alone(bank, share, p, seed):
-    states_before = numbered(bank)
-    batch = max(1, int(share * bank))
-    rows, states = visit(kept := states_before.clone(), start_of(), batch, p, seeded(seed))
-    assert len(rows.unique()) == batch == len(states)
-    assert torch.equal(kept, states_before)
-    renewed = states[:, 0, 0, 0] >= 100
-    assert torch.equal(states[~renewed], states_before[rows[~renewed]])
-
-
-def test_chains_are_renewed_at_the_stated_rate():
-    _, states = visit(numbered(20_000), start_of(count=1), 20_000, 0.05, seeded(0))
-    fresh = int((states[:, 0, 0, 0] == 100).sum()) - 1  # the bank's own 100th state
-    # Binomial(20,000, 0.05): standard deviation 31.
-    assert abs(fresh - 1000) < 5 * 31
-
-
-def test_every_chain_is_visited_in_the_end():
-    generator = seeded(0)
-    seen = {int(r) for _ in range(60) for r in visit(numbered(10), start_of(), 2, 0, generator)[0]}
-    assert seen == set(range(10))
-
-
-def test_data_starts_are_images_with_noise():
-    x = noisy_data(numbered(3), 30_000, 0.1, seeded(0))
-    number = x.round()
-    # Uniform over three images, and residuals of standard deviation 0.1.
-    shares = number[:, 0, 0, 0].long().bincount() / 30_000
-    assert float((shares - 1 / 3).abs().max()) < 5 * math.sqrt(2 / 9 / 30_000)
-    assert abs(float((x - number).std()) / 0.1 - 1) < 5 / math.sqrt(2 * x.numel())
-    assert torch.equal(noisy_data(numbered(3), 5, 0.0, seeded(0)).round(), noisy_data(
-        numbered(3), 5, 0.0, seeded(0)
-    ))  # fmt: skip
-
-
-def test_uniform_starts_fill_the_box():
-    x = start_of("uniform").draw(2000, seeded(0))
-    assert x.shape == (2000, 1, 2, 2)
-    assert -1 <= float(x.min()) < -0.99
-    assert 0.99 < float(x.max()) <= 1
-    assert abs(float(x.mean())) < 5 / math.sqrt(3 * x.numel())
-
-
-def test_an_unknown_start_is_refused():
-    with pytest.raises(UsageError, match="data or uniform"):
-        start_of("gaussian")
 
 
 # Learning an energy
@@ -142,9 +73,13 @@ def gaussian_recipe(**options) -> EnergyRecipe:
     chain = LangevinSettings(steps=10, step_size=0.1, temperature=SPREAD**2)
     base = {
         "updates": 200, "batch": 100, "bank": 400, "langevin": chain, "data_noise": 0.0,
-        "adam_lr": 0.02, "final_lr": 2e-4, "start": "uniform", "average": 0.9,
+        "adam_lr": 0.02, "final_lr": 2e-4, "fresh": "noise", "average": 0.9,
     }  # fmt: skip
     return EnergyRecipe(**(base | options))
+
+
+def bank_of(trainer: EnergyTrainer) -> torch.Tensor:
+    return trainer.objective.start.bank
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +100,7 @@ def test_maximum_likelihood_finds_the_data_mean(learned):
 
 
 def test_the_chains_of_a_learned_energy_look_like_the_data(learned):
-    bank = learned[0].bank.flatten(1)
+    bank = bank_of(learned[0]).flatten(1)
     data = gaussian_images().flatten(1) * 2 - 1
     assert float((bank.mean(0) - data.mean(0)).abs().max()) < 0.08
     assert abs(float(bank.std(0).mean()) / SPREAD - 1) < 0.2
@@ -182,11 +117,13 @@ def test_gradient_strength_is_the_mean_drift_in_displacement_units():
     trainer = EnergyTrainer(
         Gaussian(5.0),
         gaussian_images(50),
-        gaussian_recipe(langevin=LangevinSettings(steps=1, step_size=1e-3), bank=50, batch=50),
+        gaussian_recipe(
+            langevin=LangevinSettings(steps=1, step_size=1e-3), bank=50, batch=50, limit=1e6
+        ),
         precision="fp32",
     )
     drift = LangevinSettings(step_size=1e-3).drift
-    expected = drift * (trainer.bank - 5.0).flatten(1).norm(dim=1).mean()
+    expected = drift * (bank_of(trainer) - 5.0).flatten(1).norm(dim=1).mean()
     # The one batch is the whole bank, which rejuvenation has renewed here and there.
     update = next(trainer.run())
     assert abs(update.gradient_strength / float(expected) - 1) < 0.05
@@ -205,13 +142,13 @@ def test_one_sgd_update_is_the_likelihood_gradient():
     trainer = EnergyTrainer(Gaussian(), gaussian_images(), recipe, precision="fp32")
     run = trainer.run()
     next(run)
-    before, generator = trainer.energy.mean.detach().clone(), torch.Generator()
-    generator.set_state(trainer.generator.get_state())
-    _, states = visit(trainer.bank, trainer.start, 100, 0.0, generator)
+    before = trainer.energy.mean.detach().clone()
+    batch = trainer._batch(1, 100)
+    states = trainer.objective.start.draw(batch)
     negative = run_chain(
-        states, GeneratorNoise(generator), energy=trainer.energy, settings=recipe.langevin
+        states, batch.draws.noise("chains"), energy=trainer.energy, settings=recipe.langevin
     )
-    positive = noisy_data(trainer.images, 100, 0.0, generator)
+    positive = batch.noisy(0.0)
     update = next(run)
     # ∂/∂m [mean U(x⁺) − mean U(x⁻)] = mean x⁻ − mean x⁺; the two temperatures cancel.
     expected = before - 0.5 * (negative.mean(0) - positive.mean(0))
@@ -229,16 +166,17 @@ def test_positives_carry_the_data_noise():
     seen = []
     trainer.energy.register_forward_hook(lambda _, args, __: seen.append(args[0]))
     next(trainer.run())
-    positive = next(x for x in seen if not x.requires_grad)
+    # The network sees both halves at once, the data first.
+    positive = seen[-1][: recipe.batch]
     assert abs(float(positive.std()) / 0.7 - 1) < 0.2
 
 
 def test_visited_chains_are_written_back_and_the_others_wait():
     recipe = gaussian_recipe(batch=10, bank=50, rejuvenation=0.0)
     trainer = EnergyTrainer(Gaussian(), gaussian_images(), recipe)
-    before = trainer.bank.clone()
+    before = bank_of(trainer).clone()
     next(trainer.run())
-    moved = (trainer.bank != before).flatten(1).any(1)
+    moved = (bank_of(trainer) != before).flatten(1).any(1)
     assert int(moved.sum()) == 10
 
 
@@ -300,8 +238,7 @@ def energy_state(trainer: EnergyTrainer) -> dict:
         "energy": dict(trainer.energy.state_dict()),
         "averaged": dict(trainer.averaged.state_dict()),
         "optimiser": trainer.optimiser.state_dict(),
-        "bank": trainer.bank,
-        "generator": trainer.generator.get_state(),
+        "bank": bank_of(trainer),
         "history": list(map(tuple, trainer.history)),
     }
 
@@ -319,8 +256,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, stop):
     first.save(tmp_path / "state.pt")
 
     second = conv_trainer()
-    second.generator.manual_seed(99)
-    second.bank.zero_()
+    bank_of(second).zero_()
     for p in second.energy.parameters():
         nn.init.zeros_(p)
     second.load(tmp_path / "state.pt")
@@ -424,13 +360,13 @@ def test_divergence_stops_with_the_last_good_weights(kind):
     trainer.energy.updates = 3
     weight, averaged, bank = (
         t.detach().clone()
-        for t in (trainer.energy.weight, trainer.averaged.module.weight, trainer.bank)
+        for t in (trainer.energy.weight, trainer.averaged.module.weight, bank_of(trainer))
     )
     with pytest.raises(DivergedError, match="diverged at update 4"):
         next(run)
     assert torch.equal(trainer.energy.weight.detach(), weight)
     assert torch.equal(trainer.averaged.module.weight.detach(), averaged)
-    assert torch.equal(trainer.bank, bank)
+    assert torch.equal(bank_of(trainer), bank)
     assert trainer.done == 3
     assert all(math.isfinite(u.energy_difference) for u in trainer.history)
 
@@ -460,18 +396,13 @@ def test_divergence_can_be_saved_and_gone_on_from(tmp_path):
         ({"average": 1.0}, "average"),
         ({"average": -0.1}, "average"),
         ({"updates": 0}, "updates"),
-        ({"sgd_from": 0}, "sgd_from"),
+        ({"sgd_from": -1}, "sgd_from"),
         ({"langevin": LangevinSettings(steps=0)}, "steps"),
     ],
 )
 def test_bad_energy_recipes_are_refused_by_name(bad, word):
     with pytest.raises(UsageError, match=word):
         EnergyRecipe(**bad)
-
-
-def test_an_unknown_start_of_a_recipe_is_refused():
-    with pytest.raises(UsageError, match="data or uniform"):
-        EnergyTrainer(Gaussian(), gaussian_images(), gaussian_recipe(start="noise"))
 
 
 @pytest.mark.parametrize(
@@ -554,8 +485,8 @@ def test_chains_are_of_one_energy_whatever_its_mode_which_stays():
     recipe = EnergyRecipe(updates=1, batch=4, bank=8, langevin=chain)
     trainer = EnergyTrainer(energy, load_data("digits", limit=20).images, recipe, "fp32")
     list(trainer.run())
-    assert modes == [False] * (len(modes) - 2) + [True] * 2
-    assert len(modes) >= 5
+    assert modes == [False] * (len(modes) - 1) + [True]
+    assert len(modes) >= 4
     assert all(module.training for module in energy.modules())
 
 
