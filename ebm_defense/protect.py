@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from ebm_defense.purifiers.base import Purifier
 from ebm_defense.purifiers.foreign import as_purifier
 from ebm_defense.purifiers.registry import baseline
 from ebm_defense.runtime.packing import USUAL
-from ebm_defense.storage.folders import DEFENSE, find_folder, shipped
+from ebm_defense.storage.folders import names_folder
 from ebm_defense.storage.weights import load_purifier
 
 FITS = ("tiles", "own size")
@@ -73,8 +72,7 @@ def protect(
 
 
 def _named(name: str) -> Purifier:
-    known = name in {s.name for s in shipped()} or (Path(name).expanduser() / DEFENSE).is_file()
-    return load_purifier(find_folder(name)) if known else baseline(name)
+    return load_purifier(name) if names_folder(name) else baseline(name)
 
 
 def _fitted(purifier: Purifier, wanted: Preprocessing, fit: str) -> tuple[Purifier, int | None]:

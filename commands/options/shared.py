@@ -19,7 +19,7 @@ from ebm_defense.purifiers.base import Purifier
 from ebm_defense.purifiers.foreign import as_purifier
 from ebm_defense.purifiers.registry import PURIFIERS, baseline
 from ebm_defense.storage.files import write_text
-from ebm_defense.storage.folders import DEFENSE, shipped_folder
+from ebm_defense.storage.folders import names_folder
 from ebm_defense.storage.weights import load_purifier
 
 M = TypeVar("M", bound=nn.Module)
@@ -86,7 +86,7 @@ def make_purifier(spec: str, steps: int | None = None, adjusted: bool | None = N
     Raises:
         UsageError: nothing of that name, or no chain that could be adjusted.
     """
-    if (shipped_folder() / spec / DEFENSE).is_file() or (Path(spec) / DEFENSE).is_file():
+    if names_folder(spec):
         return load_purifier(spec, steps=steps, adjusted=adjusted)
     if adjusted:
         raise UsageError(f"--adjusted is for the Langevin chain of a defense folder, not {spec}.")

@@ -60,25 +60,30 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 WIDTH = "soft_lrelu:"
-"""Before a number: a smooth LeakyReLU of that width, as in soft_lrelu:0.3."""
+"""Before one number: a smooth LeakyReLU of that width, as in soft_lrelu:0.3; before two, also of
+that slope, as in MEFA's soft_lrelu:0.01:0.02."""
 
 
 def make_activation(name: str) -> nn.Module:
-    """Make an activation from a name in `ACTIVATIONS`, or soft_lrelu:WIDTH.
+    """Make an activation from a name in `ACTIVATIONS`, soft_lrelu:WIDTH or soft_lrelu:WIDTH:SLOPE.
 
     Raises:
-        UsageError: another name, or a width that is not above 0.
+        UsageError: another name, a width that is not above 0, or a slope outside [0, 1).
     """
     if name in ACTIVATIONS:
         return ACTIVATIONS[name]()
+    words = name.removeprefix(WIDTH).split(":") if name.startswith(WIDTH) else []
     try:
-        width = float(name.removeprefix(WIDTH)) if name.startswith(WIDTH) else 0.0
+        width, slope = (*map(float, words), 0.05)[:2] if len(words) in (1, 2) else (0.0, 0.0)
     except ValueError:
-        width = 0.0
-    if not 0.0 < width < float("inf"):
+        width, slope = 0.0, 0.0
+    if not (0.0 < width < float("inf") and 0.0 <= slope < 1.0):
         names = ", ".join(ACTIVATIONS)
-        raise UsageError(f"activation is {name!r}; choose one of {names}, or {WIDTH}WIDTH above 0.")
-    return SoftLeakyReLU(slope=0.05, width=width)
+        raise UsageError(
+            f"activation is {name!r}; choose one of {names}, or {WIDTH}WIDTH above 0, or "
+            f"{WIDTH}WIDTH:SLOPE with a slope in [0, 1)."
+        )
+    return SoftLeakyReLU(slope=slope, width=width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +94,7 @@ class ConvEnergySettings:
         channels: image channels C.
         image_size: H = W in pixels, at least 8.
         width: channels of the first layer (32 as published).
-        activation: a name in `ACTIVATIONS`, or soft_lrelu:WIDTH.
+        activation: as `make_activation` takes it.
     """
 
     channels: int = 3

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ebm_defense.energies.conv import ACTIVATIONS
+from ebm_defense.energies.conv import make_activation
 from ebm_defense.errors import UsageError
 
 LEAST_PIXELS = 4
@@ -25,7 +25,7 @@ class ResidualEnergySettings:
         width: channels of every layer (256 in EBM Life Cycle, 128 in PureGen).
         halvings: blocks that halve the image, at least 2; 2 for 32 pixels, 4 to 5 for 224.
         level: residual blocks after them that keep the size.
-        activation: a name in `ACTIVATIONS`.
+        activation: as `make_activation` takes it.
 
     Raises:
         UsageError: a setting out of range.
@@ -39,9 +39,7 @@ class ResidualEnergySettings:
     activation: str = "relu"
 
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            names = ", ".join(ACTIVATIONS)
-            raise UsageError(f"activation is {self.activation!r}; choose one of {names}.")
+        make_activation(self.activation)
         if min(self.channels, self.width) < 1 or self.halvings < 2 or self.level < 0:
             raise UsageError(
                 "a residual energy needs channels ≥ 1, width ≥ 1, halvings ≥ 2 and level ≥ 0, not "
@@ -124,11 +122,11 @@ class ResidualEnergy(nn.Module):
     def __init__(self, settings: ResidualEnergySettings | None = None) -> None:
         super().__init__()
         self.settings = s = settings or ResidualEnergySettings()
-        self.block1 = Stem(s.channels, s.width, ACTIVATIONS[s.activation]())
+        self.block1 = Stem(s.channels, s.width, make_activation(s.activation))
         self.blocks = [f"block{i}" for i in range(2, s.halvings + s.level + 1)]
         for i, name in enumerate(self.blocks, 2):
-            self.add_module(name, Block(s.width, ACTIVATIONS[s.activation](), i <= s.halvings))
-        self.activation = ACTIVATIONS[s.activation]()
+            self.add_module(name, Block(s.width, make_activation(s.activation), i <= s.halvings))
+        self.activation = make_activation(s.activation)
         self.l5 = nn.Linear(s.width, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from ebm_defense.errors import UsageError
 from ebm_defense.networks import NETWORKS, Network, NetworkSettings
 from ebm_defense.purifiers.base import Purifier
 from ebm_defense.purifiers.registry import PURIFIERS, name_of
+from ebm_defense.storage import hub
 from ebm_defense.storage.files import save_tensors, writable_folder, write_text
 from ebm_defense.storage.serialize import from_plain
 from ebm_defense.storage.state_dicts import about
@@ -115,19 +116,37 @@ def shipped() -> list[Shipped]:
 
 
 def find_folder(name: str | Path) -> Path:
-    """Return the folder of a shipped defense or the folder that was named.
+    """Return the folder of a shipped defense, one downloaded from the Hub, or the one named.
+
+    Args:
+        name: a shipped name, hf://owner/name[@revision], or a path.
 
     Raises:
-        UsageError: neither exists.
+        UsageError: there is none, or the Hub has none.
     """
+    if hub.is_address(name):
+        return _downloaded(str(name))
     for folder in (shipped_folder() / str(name), Path(name).expanduser()):
         if (folder / DEFENSE).is_file():
             return folder
     names = ", ".join(s.name for s in shipped())
     raise UsageError(
-        f"there is no defense {str(name)!r}: give a shipped name ({names}) or a folder with a "
-        f"{DEFENSE}."
+        f"there is no defense {str(name)!r}: give a shipped name ({names}), a folder with a "
+        f"{DEFENSE}, or {hub.SCHEME}owner/name."
     )
+
+
+def _downloaded(address: str) -> Path:
+    folder = hub.download(address)
+    if not (folder / DEFENSE).is_file():
+        raise UsageError(f"{address} holds no {DEFENSE}, so it is no defense.")
+    return folder
+
+
+def names_folder(name: str) -> bool:
+    """Whether a name is a shipped defense's, an address on the Hub, or a defense folder's path."""
+    places = (shipped_folder() / name, Path(name).expanduser())
+    return hub.is_address(name) or any((folder / DEFENSE).is_file() for folder in places)
 
 
 def read_settings(folder: Path) -> DefenseSettings:
@@ -290,8 +309,8 @@ def _networks(defense: PurifiedClassifier) -> dict[str, nn.Module]:
     """Return the networks that a folder keeps, by file."""
     purifiers = {f"{name}.safetensors": net for name, net in defense.purifier.networks.items()}
     if defense.undefended is not defense.classifier:
-        purifiers[UNDEFENDED] = _network(defense.undefended)
-    return {CLASSIFIER: _network(defense.classifier)} | purifiers
+        purifiers[UNDEFENDED] = bare_network(defense.undefended)
+    return {CLASSIFIER: bare_network(defense.classifier)} | purifiers
 
 
 def own_state(purifier: Purifier) -> dict[str, Tensor]:
@@ -300,7 +319,8 @@ def own_state(purifier: Purifier) -> dict[str, Tensor]:
     return {k: v for k, v in purifier.state_dict().items() if not k.startswith(inside)}
 
 
-def _network(classifier: nn.Module) -> nn.Module:
+def bare_network(classifier: nn.Module) -> nn.Module:
+    """Return a classifier's network without the normalisation in front of it."""
     return classifier.classifier if isinstance(classifier, Normalized) else classifier
 
 
@@ -310,7 +330,7 @@ def _scale(classifier: nn.Module) -> dict[str, float]:
 
 
 def _classifier_settings(classifier: nn.Module) -> ClassifierSettings:
-    network = _network(classifier)
+    network = bare_network(classifier)
     simple = isinstance(classifier, Normalized) and classifier.mean.numel() == 1
     if not isinstance(network, tuple(NETWORKS.values())) or not simple:
         names = ", ".join(kind.__name__ for kind in NETWORKS.values())

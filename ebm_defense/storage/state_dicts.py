@@ -6,7 +6,7 @@ What has one reading is loaded; of the rest the first key that does not fit is n
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +101,12 @@ def load_into(module: nn.Module, content: Any, source: str, name: str | None = N
     module.load_state_dict(dict(next(iter(fits.values()))), strict=False)
 
 
-def unwrapped_state(path: Path) -> dict[str, Tensor]:
+def unwrapped_state(path: Path, marks: Collection[str] = ()) -> dict[str, Tensor]:
     """Return the largest state_dict of a file without what wraps its keys, to read shapes off it.
+
+    Args:
+        path: as in `load_weights`.
+        marks: keys of which one says that nothing wraps them any longer.
 
     Raises:
         UsageError: a file that cannot be read, or without a state_dict.
@@ -114,7 +118,7 @@ def unwrapped_state(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"{path} holds no state_dict, a dict of names to tensors.")
     largest = found[name] if name else max(found.values(), key=len)
     state = _unwrapped(largest, {})
-    while len(heads := {key.split(".")[0] for key in state}) == 1 and state:
+    while len(heads := {key.split(".")[0] for key in state}) == 1 and not {*marks} & {*state}:
         head = heads.pop() + "."
         state = {key.removeprefix(head): value for key, value in state.items()}
     return state

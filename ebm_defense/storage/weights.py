@@ -7,14 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from ebm_defense.classifiers import WideResNet, normalized
+from ebm_defense.classifiers import normalized
 from ebm_defense.defense import PurifiedClassifier
-from ebm_defense.energies.conv import ConvEnergy, channels_last
+from ebm_defense.energies.conv import channels_last
 from ebm_defense.energies.registry import ENERGIES
 from ebm_defense.errors import UsageError
-from ebm_defense.networks import ZooWideResNet, ZooWideResNetSettings, make_network
+from ebm_defense.networks import make_network
 from ebm_defense.purifiers.base import Purifier
-from ebm_defense.purifiers.langevin import LangevinPurifier
 from ebm_defense.purifiers.registry import PURIFIERS
 from ebm_defense.storage.files import load_tensors
 from ebm_defense.storage.folders import (
@@ -28,10 +27,9 @@ from ebm_defense.storage.folders import (
     find_folder,
     own_state,
     read_settings,
-    save_defense,
     verify,
 )
-from ebm_defense.storage.state_dicts import load_into, load_weights, unwrapped_state
+from ebm_defense.storage.state_dicts import load_into, load_weights
 
 CHAIN_OPTIONS = ("steps", "precision", "adjusted")
 
@@ -126,53 +124,3 @@ def _purifier(folder: Path, said: PurifierSettings, options: dict[str, Any]) -> 
         rest = {k: v for k, v in state.items() if k not in own}
         load_into(purifier, rest | load_tensors(folder / PURIFIER), str(folder / PURIFIER))
     return purifier
-
-
-def import_published_cifar10(ebm: Path, clf: Path, folder: str | Path) -> Path:
-    """Turn the two state_dicts of the published CIFAR-10 release into a defense folder.
-
-    The release is Hill, Mitchell, Zhu (2021), version 1.0: a conv energy and a WRN-28-10.
-
-    Args:
-        ebm: the energy's state_dict, keys f.0 to f.8.
-        clf: the classifier's state_dict, 183 entries.
-        folder: where to write; then `load_defense(folder)`.
-
-    Raises:
-        UsageError: a file that is missing, damaged, or of other keys or shapes.
-    """
-    network = WideResNet()
-    load_weights(network, clf)
-    description = "The published CIFAR-10 defense of Hill, Mitchell, Zhu (2021)."
-    return _with_published_energy(normalized(network, 0.5, 0.5), ebm, folder, description)
-
-
-def import_zoo_cifar10(
-    ebm: Path, clf: Path, folder: str | Path, *, mean: float = 0.0, std: float = 1.0
-) -> Path:
-    """Put the published energy before a wide ResNet of RobustBench's layout, in a defense folder.
-
-    Args:
-        ebm: the energy's state_dict of the published CIFAR-10 release (Hill, Mitchell, Zhu 2021).
-        clf: the classifier's weights, of any depth and width, however wrapped.
-        folder: where to write; then `load_defense(folder)`.
-        mean: of the images that the classifier wants, in [0, 1] units; most of that zoo's take
-            [0, 1] images as they are.
-        std: their standard deviation.
-
-    Raises:
-        UsageError: a file that is missing, damaged, or of other keys or shapes.
-    """
-    network = ZooWideResNet(ZooWideResNetSettings.of(unwrapped_state(clf), str(clf)))
-    load_weights(network, clf)
-    description = f"{clf.stem} behind the published CIFAR-10 energy of Hill, Mitchell, Zhu (2021)."
-    return _with_published_energy(normalized(network, mean, std), ebm, folder, description)
-
-
-def _with_published_energy(
-    classifier: nn.Module, ebm: Path, folder: str | Path, description: str
-) -> Path:
-    energy = ConvEnergy()
-    load_weights(energy, ebm)
-    defense = PurifiedClassifier(classifier, LangevinPurifier(energy), replicates=15)
-    return save_defense(defense, folder, description=description, data="cifar10")

@@ -33,15 +33,15 @@ from ebm_defense.storage.folders import (
     verify,
     write_sums,
 )
+from ebm_defense.storage.layouts import import_weights
 from ebm_defense.storage.state_dicts import load_into
 from ebm_defense.storage.weights import (
-    import_published_cifar10,
-    import_zoo_cifar10,
     load_defense,
     load_energy,
     load_purifier,
 )
 
+HILL = "ebm-defense-cifar10"
 FILES = ("classifier.safetensors", "energy.safetensors")
 
 
@@ -438,7 +438,7 @@ def published(tmp_path_factory):
     randomise_norms(clf)
     torch.save(ebm, root / "ebm.pth")
     torch.save(clf, root / "clf.pth")
-    yield root, import_published_cifar10(root / "ebm.pth", root / "clf.pth", root / "imported")
+    yield root, import_weights(HILL, root / "ebm.pth", root / "clf.pth", root / "imported")
     shutil.rmtree(root)  # pytest keeps three runs, which would be a gigabyte
 
 
@@ -476,15 +476,15 @@ def test_the_published_defense_has_the_published_settings(published):
 def test_published_files_in_each_others_place_are_refused(published, tmp_path):
     root, _ = published
     with pytest.raises(UsageError) as error:
-        import_published_cifar10(root / "clf.pth", root / "clf.pth", tmp_path / "d")
-    assert_one_sentence(error, "clf.pth", "another architecture")
+        import_weights(HILL, root / "clf.pth", root / "clf.pth", tmp_path / "d")
+    assert_one_sentence(error, "clf.pth", "lacks f.0.weight", "another architecture")
     assert not (tmp_path / "d").exists()
 
 
 def test_a_published_file_that_is_absent_is_named(tmp_path):
     with pytest.raises(UsageError, match="does not exist") as error:
-        import_published_cifar10(tmp_path / "ebm.pth", tmp_path / "clf.pth", tmp_path / "d")
-    assert_one_sentence(error, "clf.pth")
+        import_weights(HILL, tmp_path / "ebm.pth", tmp_path / "clf.pth", tmp_path / "d")
+    assert_one_sentence(error, "ebm.pth")
 
 
 # A model zoo's classifier
@@ -530,7 +530,9 @@ def test_a_zoos_checkpoint_and_the_published_energy_become_a_defense(tmp_path):
     torch.save(ConvEnergy().state_dict(), tmp_path / "ebm.pth")
     wrapped = {f"module.{k}": v for k, v in zoo_weights().items()}
     torch.save({"state_dict": wrapped, "epoch": 100}, tmp_path / "Standard.pt")
-    folder = import_zoo_cifar10(tmp_path / "ebm.pth", tmp_path / "Standard.pt", tmp_path / "d")
+    folder = import_weights(
+        "robustbench", tmp_path / "ebm.pth", tmp_path / "Standard.pt", tmp_path / "d"
+    )
     settings = read_settings(folder)
     assert settings.classifier.network == ZooWideResNetSettings(depth=10, widen=1)
     assert settings.data == "cifar10"
@@ -544,6 +546,6 @@ def test_a_zoos_checkpoint_and_the_published_energy_become_a_defense(tmp_path):
 
 def test_what_is_no_zoos_wide_resnet_is_named(tmp_path):
     torch.save(ConvEnergy().state_dict(), tmp_path / "ebm.pth")
-    with pytest.raises(UsageError, match="no weights of a model zoo's wide ResNet") as error:
-        import_zoo_cifar10(tmp_path / "ebm.pth", tmp_path / "ebm.pth", tmp_path / "d")
+    with pytest.raises(UsageError, match=r"holds no key that begins with block1\.layer") as error:
+        import_weights("robustbench", tmp_path / "ebm.pth", tmp_path / "ebm.pth", tmp_path / "d")
     assert_one_sentence(error, "ebm.pth")
