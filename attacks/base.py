@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
 from ebm_defense.interface.inputs import read_batch
-from ebm_defense.interface.modes import evaluating
+from ebm_defense.interface.modes import Try, evaluating
 from ebm_defense.interface.numbers import whole
 
 
@@ -189,12 +190,23 @@ class DirectCall:
         images, labels = read_batch(images, labels)
         attack: Attack = self  # type: ignore[assignment]
         defense = as_defense(model)
-        with evaluating(defense, self):
+        with evaluating(defense, self, trying=trying([defense, *attack.models], images)):
             if len(images):
                 self.check(defense, images, classes_of(defense, images, labels))
                 defense.check_deterministic(images, again=True)
             ids, number = range(len(images)), whole(seed, "the seed")
             return attack.run(defense, images, labels, ids=ids, seed=number)
+
+
+def trying(defenses: Sequence[PurifiedClassifier], images: Tensor) -> Try:
+    """Return what uses every part of some defenses once, briefly; for `evaluating`."""
+
+    def try_all(number: int) -> None:
+        for defense in defenses:
+            with suppress(Exception):  # it is refused in a sentence later on
+                defense.try_out(images, number)
+
+    return try_all
 
 
 def attack_replicates(replicates: int, defense: PurifiedClassifier) -> range:

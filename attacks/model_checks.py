@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.outputs import reason, told
 from ebm_defense.noise import chain_keys
 
 NO_GRADIENT = (
@@ -35,16 +36,8 @@ def classes_of(defense: PurifiedClassifier, images: Tensor, labels: Tensor) -> i
 
 def _first_pass(defense: PurifiedClassifier, images: Tensor) -> Tensor:
     keys = chain_keys(0, "first pass", range(len(images)), range(1))
-    try:
-        with torch.no_grad():
-            return defense.replicate_logits(images, keys)[0]
-    except UsageError:
-        raise
-    except Exception as error:  # a model is anybody's code, and may assert or raise anything
-        raise UsageError(
-            f"the model cannot take images of shape {tuple(images.shape[1:])} and type "
-            f"{images.dtype}: {_reason(error)}."
-        ) from error
+    with told(images), torch.no_grad():
+        return defense.replicate_logits(images, keys)[0]
 
 
 def needs_gradient(gradient: Any) -> bool:
@@ -66,11 +59,6 @@ def refuse_without_slope(defense: PurifiedClassifier, images: Tensor) -> None:
         except UsageError:
             raise
         except Exception as error:
-            raise UsageError(NO_GRADIENT.format(f" ({_reason(error)})")) from error
+            raise UsageError(NO_GRADIENT.format(f" ({reason(error)})")) from error
     if found is None:
         raise UsageError(NO_GRADIENT.format(""))
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -17,9 +17,9 @@ from ebm_defense.engine.derivatives import arithmetic, vjp
 from ebm_defense.errors import UsageError
 from ebm_defense.interface.images import PROBED, check_images
 from ebm_defense.interface.inputs import as_images
-from ebm_defense.interface.modes import in_eval_mode, modules_of
+from ebm_defense.interface.modes import in_eval_mode, modules_of, own_dtype
 from ebm_defense.interface.numbers import whole
-from ebm_defense.interface.outputs import logits_of
+from ebm_defense.interface.outputs import logits_of, told
 from ebm_defense.noise import KeyedNoise, chain_keys, fresh_seed
 from ebm_defense.precision.classifiers import VERDICT_PRECISIONS, allowed_verdicts
 from ebm_defense.precision.findings import versions
@@ -134,6 +134,7 @@ class PurifiedClassifier(nn.Module):
         self.verdict_precision = verdict_precision
         self._checked: dict[tuple[Any, ...], str] = {}
         self._same: dict[tuple[Any, ...], bool] = {}
+        self._cast: dict[torch.dtype, torch.dtype] = {}
         # Its own mode: the parts keep theirs, which are the caller's.
         self.training = False
 
@@ -150,15 +151,27 @@ class PurifiedClassifier(nn.Module):
         """Map images `[N, C, H, W]` in [0, 1] to averaged logits `[N, classes]`, on fresh noise.
 
         Raises:
-            UsageError: no float images `[N, C, H, W]`, NaN pixels, or pixels far outside [0, 1].
+            UsageError: no float images `[N, C, H, W]`, NaN pixels, pixels far outside [0, 1], or
+                images that the classifier cannot take.
         """
         images = as_images(images)
         check_images(images, slack=PROBED)
-        one = self.replicates == 1 or (not self.training and self.check_deterministic(images))
-        self.calls += 1
-        replicates = range(1 if one else self.replicates)
-        keys = chain_keys(self.seed, f"call {self.calls}", range(len(images)), replicates)
-        return self.combine(self.replicate_logits(images, keys))
+        with told(images):
+            one = self.replicates == 1 or (not self.training and self.check_deterministic(images))
+            self.calls += 1
+            replicates = range(1 if one else self.replicates)
+            keys = chain_keys(self.seed, f"call {self.calls}", range(len(images)), replicates)
+            return self.combine(self.replicate_logits(images, keys))
+
+    def try_out(self, images: Tensor, number: int = 0) -> None:
+        """Use every part on some images, as briefly as it goes, for the time of this number."""
+        some = images.detach()[:2]
+        if len(some):
+            keys = chain_keys(number, "trying", range(len(some)), range(1))[0].to(images.device)
+            short = self.purifier.brief(some)
+            short.purify(short.prepared(some), KeyedNoise(keys))
+            for classifier in (self.classifier, self.undefended):
+                classifier(some.clone())
 
     @property
     def stochastic(self) -> bool:
@@ -270,7 +283,24 @@ class PurifiedClassifier(nn.Module):
     def classify(self, images: Tensor) -> Tensor:
         """Return the classifier's logits `[N, classes]` of images as they are, unpurified."""
         with nullcontext() if self.training else in_eval_mode(modules_of(self.classifier)):
-            return logits_of(self.classifier(images), images)
+            return logits_of(self._run(images), images)
+
+    def _run(self, images: Tensor) -> Tensor:
+        """Return what the classifier makes of images, cast to its own dtype if it takes no other.
+
+        It gets a copy of its own: some change their input in place, which neither the caller's
+        images nor a leaf that gradients are asked at can bear.
+        """
+        cast = self._cast.get(images.dtype, images.dtype)
+        try:
+            return self.classifier(images.to(cast, copy=True))
+        except RuntimeError:
+            own = own_dtype(self.classifier)
+            if own in (None, cast):
+                raise
+            output = self.classifier(images.to(own, copy=True))
+        self._cast[images.dtype] = own
+        return output
 
     def replicate_logits(self, images: Tensor, keys: Tensor) -> Tensor:
         """Return logits `[r, b, classes]` of images purified with the noise of `keys` `[r, b]`."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ebm_defense.attacks.base import trying
 from ebm_defense.attacks.corruptions.made import CORRUPTIONS, SEVERITIES, check_corruption, corrupt
 from ebm_defense.attacks.session import refuse_nan
 from ebm_defense.data import Images
@@ -72,7 +73,7 @@ def evaluate_corruptions(
     defense, seed = as_defense(model), whole(seed, "the seed")
     names = list(CORRUPTIONS) if corruptions is None else list(corruptions)
     _check(images, names, severities, made_here=make is None)
-    with evaluating(defense):
+    with evaluating(defense, trying=trying([defense], images)):
         check_model(defense, images, labels)
         draws = defense.replicates if replicates is None else whole(replicates, "replicates")
         settings = {

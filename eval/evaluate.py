@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ebm_defense.attacks.base import Attack
+from ebm_defense.attacks.base import Attack, trying
 from ebm_defense.attacks.gradients.registry import choose_auto
 from ebm_defense.defense import as_defense
 from ebm_defense.errors import UsageError
@@ -85,12 +85,12 @@ def evaluate(
     if not len(images):
         raise UsageError("there are no images to evaluate.")
     defense = as_defense(model)
-    with evaluating(defense, protocol, attacks):
+    asked = _protocol(protocol, attacks, judge_replicates)
+    models = [defense, *(model for attack in asked.attacks for model in attack.models)]
+    with evaluating(defense, asked, trying=trying(models, images)):
         classes = check_model(defense, images, labels)
-        asked = _protocol(protocol, attacks, judge_replicates).fitting(
-            classes, stochastic=defense.stochastic
-        )
-        chosen = choose_auto(asked, defense, images)
+        fitting = asked.fitting(classes, stochastic=defense.stochastic)
+        chosen = choose_auto(fitting, defense, images)
         if out is not None:
             chosen = as_begun(chosen, Path(out).expanduser())
         refuse_few(defense, chosen.verdict, chosen.judge_replicates)

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ebm_defense.attacks.base import trying
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.judging.check_model import check_model
@@ -65,7 +66,7 @@ def reverify(
     own = derive_seed(report.settings["seed"], f"verification {number}")
     seed = own if seed is None else whole(seed, "the seed")
     defense, rule = as_defense(model), _rule(report)
-    with evaluating(defense):
+    with evaluating(defense, trying=trying([defense], report.originals)):
         labels = _labels(report, defense)
         # Another defense may average more replicates than the run's judge drew.
         enough = max(report.protocol.judge_replicates, predicted_draws(defense))

@@ -14,6 +14,7 @@ from ebm_defense.engine.convolutional import ConvGradient, supports
 from ebm_defense.engine.product import ConvProduct
 from ebm_defense.engine.report import fell_back
 from ebm_defense.engine.trust import trusted
+from ebm_defense.engine.widened import widened
 from ebm_defense.errors import UsageError
 from ebm_defense.runtime.memory import is_full
 
@@ -57,6 +58,7 @@ def prepare(energy: Energy, x: Tensor, precision: str, engine: str = "auto") -> 
     Raises:
         UsageError: an engine that is unknown or does not support this energy.
     """
+    energy = widened(energy, x)
     name = choose_engine(energy, x, precision) if engine == "auto" else engine
     if name not in ENGINES:
         raise UsageError(f"engine is {name!r}; choose one of auto, {', '.join(ENGINES)}.")
@@ -73,6 +75,7 @@ def prepare(energy: Energy, x: Tensor, precision: str, engine: str = "auto") -> 
 
 def prepare_product(energy: Energy, x: Tensor, precision: str) -> HessianProduct | None:
     """Return ∇²U·v for a chain's states such as x, or None where only autograd knows it."""
+    energy = widened(energy, x)
     name = choose_engine(energy, x, precision)
     product = ENGINES[name].product
     if product is not None and not trusted(x.device, "Hessian product"):

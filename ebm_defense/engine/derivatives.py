@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 from torch.overrides import TorchFunctionMode
 
+from ebm_defense.engine.widened import widened
+
 PRODUCT_PRECISIONS = ("fp32", "bf16")
 
 
@@ -44,6 +46,7 @@ def hessian_product(energy: Callable[[Tensor], Tensor], x: Tensor, vector: Tenso
         x: `[b, C, H, W]`.
         vector: likewise.
     """
+    energy = widened(energy, x)
     with torch.inference_mode(False), torch.enable_grad():
         x = _leaf(x)
         with _FixedWeights():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ebm_defense.errors import UsageError
@@ -20,15 +23,16 @@ def read_batch(images: Any, labels: Any = None) -> tuple[Tensor, Tensor]:
     """Return images `[N, C, H, W]` in [0, 1] and labels int64 `[N]`, both checked.
 
     Args:
-        images: a tensor, a NumPy array, or a list of images `[C, H, W]`; or, with no labels, a
-            data set or a data loader, which is read to its end.
-        labels: one whole number an image, of any type, `[N]` or `[N, 1]`; None with a data set.
+        images: a tensor, a NumPy array, or a list of images `[C, H, W]`; or, with no labels, a pair
+            of both, a data set or a data loader, which is read to its end.
+        labels: one whole number an image, of any type, `[N]` or `[N, 1]`, or one-hot
+            `[N, classes]`; None with a data set.
 
     Raises:
         UsageError: what has no one reading as such, NaN, or pixels outside [0, 1].
     """
     if labels is None and not isinstance(images, Tensor | np.ndarray):
-        images, labels = _read_all(images)
+        images, labels = images if _is_batch(images) else _read_all(images)
     if labels is None:
         raise UsageError("labels are missing: give one whole number an image, or a data set.")
     pixels = read_images(images)
@@ -42,7 +46,7 @@ def read_images(images: Any, *, name: str = "images") -> Tensor:
 
     Args:
         images: a tensor, a NumPy array (of float64 too, as NumPy makes them: float32), or a list
-            of images `[C, H, W]`.
+            of images `[C, H, W]`, Pillow's too.
         name: what to call them.
 
     Raises:
@@ -54,36 +58,77 @@ def read_images(images: Any, *, name: str = "images") -> Tensor:
 
 
 def as_images(images: Any, name: str = "images") -> Tensor:
-    """Return images as a tensor, not checked; a tensor as it is."""
+    """Return images as a tensor, not checked; a tensor as it is, if it is no sparse one."""
     if isinstance(images, Tensor):
-        return images
+        return images.to_dense() if images.layout != torch.strided else images
     if isinstance(images, np.ndarray):
-        # NumPy computes in float64 where nobody asked for it; torch's models do not.
-        single = images.astype(np.float32) if images.dtype == np.float64 else images
-        return torch.tensor(single)
-    if isinstance(images, Sequence) and len(images):
+        return _from_numpy(images, name)
+    if isinstance(images, Image.Image):
+        return _from_pillow(images)
+    if isinstance(images, Sequence) and len(images) and not isinstance(images, str | bytes):
+        if isinstance(images[0], int | float):
+            raise UsageError(
+                f"{name} must be a float tensor [N, C, H, W] or an array, not nested lists."
+            )
         return _stack([as_images(image, name) for image in images], name)
-    raise UsageError(f"{name} must be a float tensor [N, C, H, W], not {type(images).__name__}.")
+    raise UsageError(f"{name} must be a float tensor [N, C, H, W], not {_glimpse(images)}.")
+
+
+def _from_numpy(array: np.ndarray[Any, Any], name: str) -> Tensor:
+    """Return an array of any layout and byte order as a tensor of its own."""
+    if array.dtype.kind not in "biuf":
+        raise UsageError(f"{name} must be numbers, not an array of {array.dtype}.")
+    # NumPy computes in float64 where nobody asked for it; torch's models do not.
+    kind = np.dtype(np.float32) if array.dtype.itemsize == 8 and array.dtype.kind == "f" else None
+    return torch.from_numpy(np.array(array, dtype=kind or array.dtype.newbyteorder("="), order="C"))
+
+
+def _from_pillow(image: Image.Image) -> Tensor:
+    """Return a Pillow image of 8 bits a channel as `[C, H, W]` in [0, 1]."""
+    if image.mode not in ("L", "RGB"):
+        raise UsageError(
+            f"Pillow images must be of mode L or RGB, not {image.mode}; convert them first, or "
+            'read their files with load_data("folder", …).'
+        )
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255.0)
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 def read_labels(labels: Any) -> Tensor:
-    """Return labels as int64 `[N]`.
+    """Return labels as int64 `[N]`, and one-hot ones `[N, classes]` as the classes they name.
 
     Raises:
         UsageError: no whole numbers.
     """
     try:
-        found = torch.as_tensor(np.asarray(labels) if isinstance(labels, Sequence) else labels)
+        found = _numbers(labels)
     except (TypeError, ValueError, RuntimeError):
         raise UsageError(
             f"labels must be whole numbers, one an image, not {_glimpse(labels)}."
         ) from None
     found = found.detach()
-    if found.is_complex() or (found.is_floating_point() and bool((found != found.round()).any())):
+    if found.is_complex() or (found.is_floating_point() and not _whole(found)):
         raise UsageError("labels must be whole numbers, one an image, not probabilities.")
-    if found.ndim == 2 and found.shape[1] == 1:
-        found = found[:, 0]
-    return _ordinary(found.long())
+    if found.ndim > 1 and all(size == 1 for size in found.shape[1:]):
+        found = found.flatten()
+    if found.ndim == 2 and bool((((found == 0) | (found == 1)).all(1) & (found.sum(1) == 1)).all()):
+        found = found.argmax(1)
+    return _ordinary(found.long().reshape(found.shape or (1,)))
+
+
+def _numbers(labels: Any) -> Tensor:
+    if isinstance(labels, Tensor):
+        return labels
+    if isinstance(labels, Iterator):
+        labels = list(labels)
+    found = np.asarray(labels)
+    if found.dtype == object:
+        found = np.array([operator.index(label) for label in found.flat]).reshape(found.shape)
+    return torch.from_numpy(found.astype(np.float64 if found.dtype.kind == "f" else np.int64))
+
+
+def _whole(numbers: Tensor) -> bool:
+    return bool(numbers.isfinite().all()) and bool((numbers == numbers.round()).all())
 
 
 def _ordinary(tensor: Tensor) -> Tensor:
@@ -94,28 +139,62 @@ def _ordinary(tensor: Tensor) -> Tensor:
         return tensor.clone()
 
 
+def _is_batch(data: Any) -> bool:
+    """Whether this is a pair of images and their labels, as a loader gives one."""
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        return False
+    return isinstance(data[0], Tensor | np.ndarray) and data[0].ndim == 4
+
+
 def _read_all(data: Any) -> tuple[Tensor, Tensor]:
     """Read a data set's items, or a loader's batches, to their end."""
-    parts = [_pair(item) for item in _items(data)]
+    # A loader draws from torch's generator, even where it shuffles nothing.
+    with torch.random.fork_rng([]):
+        parts = [_item(*_pair(item)) for item in _items(data)]
     if not parts:
         raise UsageError("the data set is empty.")
-    images = [_as_batch(as_images(image)) for image, _ in parts]
-    labels = [read_labels(label).reshape(-1) for _, label in parts]
-    if len({part.shape[1:] for part in images}) > 1:
+    if len({images.shape[1:] for images, _ in parts}) > 1:
         raise UsageError("the data set's images differ in size; resize them to one.")
-    return torch.cat(images), torch.cat(labels)
+    return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
 
 
 def _items(data: Any) -> Iterator[Any]:
-    if isinstance(data, Iterable):
-        yield from data
-    elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        yield from (data[i] for i in range(len(data)))
-    else:
+    number = 0
+    try:
+        for item in _iterated(data):
+            yield item
+            number += 1
+    except UsageError:
+        raise
+    except Exception as error:  # a data set is anybody's code
+        raise UsageError(
+            f"the data set failed after {number} items: {type(error).__name__}: {error}."
+        ) from error
+
+
+def _iterated(data: Any) -> Iterable[Any]:
+    if isinstance(data, Mapping):
+        return [data]
+    known = isinstance(data, Iterable) or hasattr(data, "__getitem__")
+    if not known or isinstance(data, str | bytes | PurePath):
         raise UsageError(
             "images must be a float tensor [N, C, H, W], an array, a data set or a data loader, "
-            f"not {type(data).__name__}."
+            f"not {_glimpse(data)}; load_data reads those that have a name."
         )
+    # A data set of a length need not end by an IndexError.
+    counted = hasattr(data, "__len__") and not isinstance(data, Iterable)
+    return (data[i] for i in range(len(data))) if counted else iter(data)
+
+
+def _item(image: Any, label: Any) -> tuple[Tensor, Tensor]:
+    """Return one image and its label, or a batch of both, as a batch."""
+    pixels = as_images(image)
+    if pixels.ndim == 4:
+        return pixels, read_labels(label)
+    if pixels.ndim != 3:
+        check_images(pixels[None], name="a data set's images")
+    one = read_labels(label)
+    return pixels[None], read_labels(one[None]) if len(one) > 1 else one
 
 
 def _pair(item: Any) -> tuple[Any, Any]:
@@ -140,10 +219,6 @@ def _only(item: Mapping[str, Any], names: tuple[str, ...], what: str) -> str:
     return found[0]
 
 
-def _as_batch(image: Tensor) -> Tensor:
-    return image[None] if image.ndim == 3 else image
-
-
 def _stack(images: list[Tensor], name: str) -> Tensor:
     if len({image.shape for image in images}) > 1:
         raise UsageError(f"the {name} differ in size; resize them to one.")
@@ -151,4 +226,8 @@ def _stack(images: list[Tensor], name: str) -> Tensor:
 
 
 def _glimpse(value: Any) -> str:
-    return type(value).__name__ if isinstance(value, Mapping | Tensor) else repr(value)[:60]
+    """Return what an error shows of a value: small ones as they are, others by their kind."""
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__} of {', '.join(map(_glimpse, value[:4]))}"[:100]
+    small = value is None or isinstance(value, int | float | str | bytes)
+    return repr(value)[:60] if small else type(value).__name__

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,40 @@ from torch import Tensor
 
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import working_dtype
+from ebm_defense.runtime.memory import is_full
 
 FIELD = "logits"
+
+
+@contextmanager
+def told(images: Tensor) -> Iterator[None]:
+    """Say in one sentence what a model says of images that it cannot take.
+
+    Raises:
+        UsageError: in place of whatever the block raises, but that memory is full.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:  # a model is anybody's code, and may assert or raise anything
+        if is_full(error):
+            raise
+        raise UsageError(
+            f"the model cannot take images of shape {tuple(images.shape[1:])} and type "
+            f"{images.dtype}: {reason(error)}{_layout(images)}."
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of what an error says, or else its name."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _layout(images: Tensor) -> str:
+    last = images.ndim == 4 and images.shape[-1] in (1, 3) and images.shape[1] not in (1, 3)
+    return "; permute images [N, H, W, C] to [N, C, H, W]" if last else ""
 
 
 def logits_of(output: Any, images: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ebm_defense.attacks.base import Proposal, attack_replicates, cost
+from ebm_defense.attacks.base import Proposal, attack_replicates, cost, trying
 from ebm_defense.attacks.session import refuse_nan
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier, as_defense
@@ -321,7 +321,7 @@ def judge_images(
     refuse_looks(rule)
     defense = as_defense(model)
     stream = Stream(whole(seed, "the seed"), "judge", replicates)
-    with evaluating(defense):
+    with evaluating(defense, trying=trying([defense], originals)):
         if len(labels):
             check_model(defense, originals, labels)
             threat.check(originals)

@@ -1,5 +1,6 @@
 """A run folder goes on with the model that began it, and with no other."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from ebm_defense.eval import evaluate
 from ebm_defense.eval.storage.run_folder import BEHAVIOUR
 from ebm_defense.purifiers import SteppedPurifier
 
+SEEDS = itertools.count()
 ATTACK = PGD(threat=ThreatModel(eps=0.1), steps=1, step_size=0.05, replicates=2)
 
 
@@ -81,6 +83,12 @@ def before(first):
     return Wrap(lambda x: net(first(x)))
 
 
+def with_a_generator(weight):
+    """A classifier whose noise nobody else can set."""
+    net, generator = network(), torch.Generator().manual_seed(next(SEEDS))
+    return lambda x: weight * net(x + 0.05 * torch.randn(x.shape, generator=generator))
+
+
 def blur(share):
     return lambda x: x.lerp(F.avg_pool2d(x, 3, 1, 1), share)
 
@@ -104,6 +112,7 @@ WAYS = {
     "another function": lambda b: after(torch.tanh if b else torch.relu),
     "a module's attribute": lambda b: Quantised(3 if b else 255),
     "its own randomness": lambda b: Shaken(0.3 if b else 0.1),
+    "a generator of its own": lambda b: with_a_generator(3.0 if b else 1.0),
     "a foreign purifier": lambda b: behind(blur(0.9 if b else 0.3)),
     "a chain that no settings tell of": lambda b: behind(Blurred(0.5 if b else 0.3)),
     "a chain's late steps": lambda b: behind(Blurred(0.3, 100 if b else 0)),

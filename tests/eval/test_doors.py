@@ -12,12 +12,19 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from ebm_defense import LangevinPurifier, PurifiedClassifier, UsageError
+from ebm_defense import (
+    ConvEnergy,
+    ConvEnergySettings,
+    LangevinPurifier,
+    PurifiedClassifier,
+    UsageError,
+)
 from ebm_defense.attacks import (
     APGD,
     DLR,
     PGD,
     FoolboxAttack,
+    Full,
     Square,
     TargetedAPGD,
     ThreatModel,
@@ -69,12 +76,12 @@ def by_judge(model, images, labels):
 
 
 def by_attack(model, images, labels):
-    return (255 * ATTACK(model, images, labels)).round().numpy()
+    return (255 * ATTACK(model, images, labels).double()).round().numpy()
 
 
 def by_foolbox(model, images, labels):
     attack = FoolboxAttack(attack="LinfPGD", threat=THREAT, replicates=1, parameters="steps=1")
-    return (255 * attack(model, images, labels)).round().numpy()
+    return (255 * attack(model, images, labels).double()).round().numpy()
 
 
 def by_benchmark(model, images, labels):
@@ -112,6 +119,7 @@ LABELS_AS = {
     "list": LABELS.tolist,
     "list of scalars": lambda: [np.int64(label) for label in LABELS],
     "a column": lambda: LABELS[:, None],
+    "one-hot": lambda: nn.functional.one_hot(LABELS, CLASSES),
     "whole floats": LABELS.double,
 }
 
@@ -247,7 +255,7 @@ WRONG = {
     "bytes": ((IMAGES * 255).byte, LABELS, "divide 8-bit images by 255"),
     "no batch": (lambda: IMAGES[:, 0], LABELS, "axis of the batch or of the channel"),
     "probabilities": (lambda: IMAGES, torch.rand(COUNT), "not probabilities"),
-    "one-hot": (lambda: IMAGES, torch.eye(COUNT).long(), "labels must be"),
+    "several at once": (lambda: IMAGES, torch.ones((COUNT, 3)).long(), "labels must be"),
     "words": (lambda: IMAGES, ["cat"] * COUNT, "whole numbers"),
     "too few": (lambda: IMAGES, LABELS[:2], "labels must be|differ|shorter"),
 }
@@ -392,8 +400,78 @@ def test_a_quantised_model_is_judged_and_kept_apart_from_another(tmp_path):
         run(quantised(other))
 
 
-def test_parallel_models_are_as_the_plain_one(door):
-    door(nn.DataParallel(network()))
+class InPlace(nn.Module):
+    """A classifier that scales its input where it lies."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x):
+        return self.net(x.sub_(0.5).add_(0.5).clone())
+
+
+SAME = {
+    "parallel": lambda: nn.DataParallel(network()),
+    "in place": InPlace,
+    "scripted": lambda: torch.jit.script(network().train()),
+    "frozen": lambda: torch.jit.freeze(torch.jit.script(network())),
+    "a symbolic trace": lambda: torch.fx.symbolic_trace(network()),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model", SAME)
+def test_what_computes_the_same_is_the_same(door, model):
+    door(SAME[model]())
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float64]
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("of_images", [torch.float32, *DTYPES])
+@pytest.mark.parametrize("of_model", [torch.float32, *DTYPES])
+def test_models_and_images_of_any_two_dtypes(door, of_model, of_images):
+    images = IMAGES.to(of_images)
+    found = np.asarray(DOORS[door](network().to(of_model), images, LABELS))
+    if door in ("an attack", "foolbox"):
+        within = 255 * (THREAT.eps + torch.finfo(of_images).eps)
+        assert np.abs(found - 255 * images.double().numpy()).max() <= within + 0.5
+    else:
+        np.testing.assert_array_equal(found, EXPECTED[door])
+
+
+def flat_energy():
+    energy = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Flatten(), nn.Linear(144, 1))
+    return energy.append(nn.Flatten(0))
+
+
+def conv_energy():
+    return ConvEnergy(ConvEnergySettings(channels=1, image_size=8, width=2, activation="silu"))
+
+
+@pytest.mark.parametrize("energy", [flat_energy, conv_energy])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_whole_defense_in_another_precision(dtype, energy):
+    purifier = LangevinPurifier(energy(), 3, 0.01, 1e-5)
+    defense = PurifiedClassifier(network(), purifier, 2, seed=0).to(dtype)
+    images = IMAGES.to(dtype)
+    assert defense(images).isfinite().all()
+    assert defense.purifier(images).dtype == dtype
+    for name in ("evaluate", "judge_images", "an attack", "benchmark"):
+        found = np.asarray(DOORS[name](defense, images, LABELS), dtype=float)
+        assert np.isfinite(found).all()
+    attack = PGD(threat=THREAT, steps=2, replicates=2, gradient=Full())
+    assert attack(defense, images, LABELS).dtype == dtype
+    assert all(p.dtype == dtype for p in defense.parameters())
+
+
+def test_the_caller_s_generator_is_not_touched(door):
+    before = torch.get_rng_state()
+    loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=4)
+    door(network(), loader, None)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_compiled_model_is_as_the_plain_one():
