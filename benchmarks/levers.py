@@ -20,11 +20,10 @@ from common import Options, Result, accuracy, main, table
 from torch import Tensor, nn
 
 from ebm_defense.attacks.training import InputPerturbation
-from ebm_defense.commands.train_defense import TrainDefense
+from ebm_defense.commands.training.train_defense import TrainDefense
 from ebm_defense.data import Images, load_data
 from ebm_defense.energies.classes import LogSumExpEnergy
 from ebm_defense.eval.judging.statistics import mcnemar, share
-from ebm_defense.files import load_plain, save_state
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.learning.batches import generator_of
 from ebm_defense.learning.chain import LearnedChain
@@ -33,7 +32,8 @@ from ebm_defense.learning.energy import DivergedError
 from ebm_defense.learning.objectives import cross_entropy, margin
 from ebm_defense.noise import GeneratorNoise
 from ebm_defense.precision.names import resolve_precision
-from ebm_defense.weights import load_defense
+from ebm_defense.storage.files import load_plain, save_state
+from ebm_defense.storage.weights import load_defense
 
 BASELINE = "baseline"
 LOSSES = {"CE": cross_entropy, "margin": margin}
