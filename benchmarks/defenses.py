@@ -1,156 +1,211 @@
-"""Attack the shipped defenses at their input, through every step of their chains.
+"""The table of the defenses that ship: clean, transferred, cheap and strongest attack, paired.
 
-PGD on cross-entropy and on margin, with fresh noise at every step; an image counts as robust if it
-stands under both. Prints the table that README and model cards quote.
+    python benchmarks/defenses.py --out runs/defenses              # hours of a core; it resumes
+    python benchmarks/defenses.py --only adversarial gaussian
+
+Each row is evaluated twice, in a run folder of its own each: by protocol `standard`, and by cheap
+attacks on more images. README and model cards quote the table.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 import torch
-from common import Options, Result, main
-from torch import Tensor
+from common import Options, Result, main, table
+from torch import nn
 
-from ebm_defense.attacks.training import InputPerturbation
+from ebm_defense.attacks import APGD, PGD, Attack, Auto, CrossEntropy, ThreatModel, Transfer
+from ebm_defense.classifiers import normalized
 from ebm_defense.data import load_data
 from ebm_defense.defense import PurifiedClassifier
-from ebm_defense.eval.judging.statistics import mcnemar, share
-from ebm_defense.learning.batches import generator_of
-from ebm_defense.learning.chain import LearnedChain
-from ebm_defense.learning.objectives import cross_entropy, margin
-from ebm_defense.noise import GeneratorNoise, chain_keys
-from ebm_defense.storage.files import save_state
-from ebm_defense.storage.weights import load_defense
+from ebm_defense.errors import UsageError
+from ebm_defense.eval import Protocol, Report, evaluate, get_protocol
+from ebm_defense.eval.judging.statistics import Share, paired_p_value
+from ebm_defense.eval.reporting.table import interval, percent
+from ebm_defense.eval.storage.columns import WORST_OF_ALL
+from ebm_defense.learning.classifier import ClassifierRecipe, ClassifierTrainer
+from ebm_defense.storage.files import load_tensors, save_tensors
+from ebm_defense.storage.weights import load_defense, load_purifier
 
-CONTROL = "fashion-mnist-adversarial"
-LOSSES = {"CE": cross_entropy, "margin": margin}
-BATCH = 100
+ENERGY, CONTROL, NOISE = "fashion-mnist", "fashion-mnist-adversarial", "fashion-mnist-gaussian"
+EXACT = "fp32"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A defense of the table, and the row on which it must improve.
+
+    Attributes:
+        title: what the table calls it.
+        make: makes it; takes the folder of what is made on the way.
+        against: the key of the row that it is tested against, on the same images.
+    """
+
+    title: str
+    make: Callable[[Path], PurifiedClassifier]
+    against: str | None = None
+
+
+def shipped(name: str) -> Callable[[Path], PurifiedClassifier]:
+    """Return what loads a shipped defense, or a folder of OUT by that name."""
+
+    def load(out: Path) -> PurifiedClassifier:
+        folder = out / name
+        return load_defense(folder if folder.is_dir() else name, verdict_precision=EXACT)
+
+    return load
+
+
+def natural(_: Path) -> PurifiedClassifier:
+    """Return the classifier behind the energy alone, as it was trained: naturally."""
+    return PurifiedClassifier(load_defense(ENERGY).classifier, verdict_precision=EXACT)
+
+
+def before_another(out: Path) -> PurifiedClassifier:
+    """Return the energy before a natural network that it never saw."""
+    return PurifiedClassifier(
+        unseen(out / "unseen.safetensors"), load_purifier(ENERGY), verdict_precision=EXACT
+    )
+
+
+ROWS: dict[str, Row] = {
+    "natural": Row("natural wide ResNet 10-2, no defense", natural),
+    "adversarial": Row("(c) adversarial training, no purifier", shipped(CONTROL)),
+    "gaussian": Row("(d) Gaussian noise, trained through it", shipped(NOISE), "adversarial"),
+    "energy": Row("(a) energy before the natural wide ResNet", shipped(ENERGY), "gaussian"),
+    "another": Row("(a) before a natural network that it never saw", before_another, "gaussian"),
+    "together": Row(
+        "(b) energy and classifier together", shipped("fashion-mnist-together"), "adversarial"
+    ),
+    "trades": Row("TRADES, no purifier", shipped("trades"), "adversarial"),
+}
+
+
+def small_vgg() -> nn.Module:
+    """Return a network unlike those that the energy was learned with: VGG's blocks, max pooling."""
+    blocks = [
+        layer
+        for inner, outer in ((1, 24), (24, 48))
+        for layer in (nn.Conv2d(inner, outer, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2))
+    ]
+    head = [nn.Conv2d(48, 96, 3, 1, 1), nn.ReLU(), nn.Flatten(), nn.Linear(96 * 49, 96)]
+    return normalized(nn.Sequential(*blocks, *head, nn.ReLU(), nn.Linear(96, 10)), 0.5, 0.5)
+
+
+def unseen(file: Path) -> nn.Module:
+    """Return that network trained naturally: as it lies in a file, or trained and kept there."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = small_vgg()
+    if file.exists():
+        network.load_state_dict(load_tensors(file))
+    else:
+        data = load_data("fashion-mnist", "train")
+        recipe = ClassifierRecipe(epochs=4, lr=0.02, padding=0, flip=False)
+        for epoch in ClassifierTrainer(network, *data, recipe).run():
+            print(epoch, flush=True)
+        save_tensors(file, network.state_dict())
+    return network.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Defenses(Options):
-    """Clean and robust accuracy of defenses on the same images."""
+    """Clean and robust accuracy of the shipped defenses and of what they are measured against."""
 
-    defenses: tuple[str, ...] = (
-        "fashion-mnist",
-        "fashion-mnist-together",
-        "fashion-mnist-adversarial",
-        "fashion-mnist-gaussian",
-    )
-    """Shipped names or folders."""
-    data: str = "fashion-mnist"
-    """Data set, of which the test split is attacked."""
-    images: int = 500
-    """How many images are attacked, a stratified sample."""
-    clean: int = 1000
-    """How many images clean accuracy is measured on."""
+    only: tuple[str, ...] = tuple(ROWS)
+    """Which rows; trades is a defense folder of that name in OUT."""
+    images: int = 300
+    """How many test images are attacked by protocol `standard`."""
+    many: int = 1000
+    """How many are attacked cheaply, and measured clean."""
     eps: float = 0.1
     """Largest Linf perturbation, in [0, 1] units."""
     steps: int = 20
-    """Steps of PGD, each of 1.5·eps/steps, after a random start."""
-    replicates: int = 2
-    """Attack replicates a step."""
-    draws: int = 32
-    """Fresh draws that judge by their mean logits."""
+    """Attack steps; Square has 50 queries for each."""
+    replicates: int = 1
+    """Attack replicates."""
+    judge_replicates: int = 16
+    """Fresh draws of a judgement, and of the selection of what is judged."""
 
     def run(self) -> Result:
-        """Attack and compare."""
-        rows, stood = [], {}
-        for name in self.defenses:
-            clean, robust = self._measure(name)
-            stood[name] = robust
-            rows.append([name, _said(clean), _said(robust), len(robust)])
-            print(*rows[-1], flush=True)
-        for row in rows:
-            other = stood.get(CONTROL)
-            paired = other is not None and row[0] != CONTROL
-            row.append(_p(stood[str(row[0])], other) if paired else "–")
-        columns = ["defense", "clean", "worst of PGD on CE and margin", "images", "p against it"]
-        table = pd.DataFrame(rows, columns=columns).to_markdown(index=False)
-        return Result("defenses", f"{table}\n\n{self._caption()}", self.images * len(rows))
+        """Evaluate each row twice and set them side by side."""
+        if unknown := set(self.only) - set(ROWS):
+            raise UsageError(f"unknown row {min(unknown)!r}; choose among {', '.join(ROWS)}.")
+        strong = {key: self._evaluate(key, "standard", self.images) for key in self.only}
+        cheap = {key: self._evaluate(key, "cheap", self.many) for key in self.only}
+        shown = table(_line(key, strong, cheap[key]) for key in self.only)
+        return Result("defenses", f"{shown}\n\n{self._caption()}", self.images * len(self.only))
 
-    def _caption(self) -> str:
-        size = f"{1.5 * self.eps / self.steps:g}"
-        return (
-            f"Accuracy in % and its 95% Wilson interval, test images. Linf {self.eps:g}; "
-            f"PGD-{self.steps} on cross-entropy and on margin, steps of {size}, random start, the "
-            "gradient through the whole chain (bf16 where native), "
-            f"{self.replicates} fresh replicates a step; the last iterates are judged once, by the "
-            f"mean logits of {self.draws} fresh draws. Clean on {self.clean} images. p: McNemar's "
-            f"exact test against {CONTROL} on the same images. Seed {self.seed}."
-        )
+    def _evaluate(self, key: str, kind: str, count: int) -> Report:
+        data = load_data("fashion-mnist", "test", count)
+        protocol = self._standard() if kind == "standard" else self._cheap()
+        run = Path(self.out) / kind / key
+        return evaluate(ROWS[key].make(self.out), *data, protocol, seed=self.seed, out=run)
 
-    def _measure(self, name: str) -> tuple[Tensor, Tensor]:
-        defense = load_defense(name, seed=self.seed).requires_grad_(False)
-        many = load_data(self.data, "test", self.clean)
-        clean = self._right(defense, many.images, many.labels, "clean")
-        images, labels = load_data(self.data, "test", self.images)
-        stands = torch.ones_like(labels, dtype=torch.bool)
-        for loss in LOSSES:
-            attacked = torch.cat(
-                [
-                    self._attack(defense, x, y, loss, f"{loss} {i}")
-                    for i, (x, y) in enumerate(
-                        zip(images.split(BATCH), labels.split(BATCH), strict=True)
-                    )
-                ]
-            )
-            save_state(Path(self.out) / f"{Path(name).name}-{loss}.pt", {"images": attacked})
-            stands &= self._right(defense, attacked, labels, loss)
-        return clean, stands
-
-    def _attack(
-        self, defense: PurifiedClassifier, x: Tensor, y: Tensor, loss: str, purpose: str
-    ) -> Tensor:
-        generator = generator_of(self.seed, f"attack {purpose}")
-        return InputPerturbation()(
-            _predict(defense, self.replicates, generator), x, y,
-            eps=self.eps, steps=self.steps, loss=LOSSES[loss], generator=generator,
+    def _standard(self) -> Protocol:
+        return get_protocol(
+            "standard", eps=self.eps, steps=self.steps, replicates=self.replicates,
+            judge_replicates=self.judge_replicates, selection_replicates=self.judge_replicates,
         )  # fmt: skip
 
-    def _right(
-        self, defense: PurifiedClassifier, images: Tensor, labels: Tensor, purpose: str
-    ) -> Tensor:
-        draws = range(self.draws if defense.purifier.stochastic else 1)
-        keys = chain_keys(self.seed, f"judge {purpose}", range(len(images)), draws)
-        found = [
-            defense.combine(defense.verdict_logits(x, k)).argmax(-1)
-            for x, k in zip(images.split(BATCH), keys.split(BATCH, dim=1), strict=True)
-        ]
-        return torch.cat(found) == labels
+    def _cheap(self) -> Protocol:
+        """Return the transfer from (c), and PGD and APGD through the chain."""
+        threat, replicates = ThreatModel(eps=self.eps), self.replicates
+        pgd = PGD(
+            threat=threat, steps=self.steps, step_size=self.eps / 4, replicates=replicates,
+            gradient=Auto(),
+        )  # fmt: skip
+        apgd = APGD(
+            threat=threat, steps=self.steps, replicates=replicates, gradient=Auto(),
+            loss=CrossEntropy(),
+        )  # fmt: skip
+        source = load_defense(CONTROL).requires_grad_(False)
+        moved = Transfer(attack=pgd, replicates=replicates, source=source, label=CONTROL)
+        attacks: tuple[Attack, ...] = (moved, pgd, apgd)
+        return Protocol(name="cheap", attacks=attacks, judge_replicates=self.judge_replicates)
+
+    def _caption(self) -> str:
+        return (
+            f"Accuracy in % and its 95% Wilson interval, Fashion-MNIST test images, Linf "
+            f"{self.eps:g}, by the prediction as it is deployed (the mean logits of 16 draws). "
+            f"Strongest: what stands under all of protocol standard ({self.steps} steps of each "
+            f"attack, {50 * self.steps} queries of Square, {self.replicates} attack replicate), "
+            f"{self.images} images, the same in every row; the image to judge is selected on "
+            f"{self.judge_replicates} draws and judged once on {self.judge_replicates} others. "
+            f"Clean, transfer (PGD-{self.steps} on {CONTROL}), PGD-{self.steps} and "
+            f"APGD-{self.steps} on cross-entropy through the chain: {self.many:,} images. p: "
+            "paired test on the same images, against the row named. Verdicts in fp32, seed "
+            f"{self.seed}."
+        )
 
 
-def _predict(
-    defense: PurifiedClassifier, replicates: int, generator: torch.Generator
-) -> Callable[[Tensor], Tensor]:
-    purifier, noise = defense.purifier, GeneratorNoise(generator)
-    settings, energy = getattr(purifier, "settings", None), purifier.networks.get("energy")
-    if energy is not None and settings is not None:
-        purifier = LearnedChain(energy, settings, precision="fastest")
-    count = replicates if purifier.stochastic else 1
-
-    def predict(images: Tensor) -> Tensor:
-        purified = purifier.purify(images.repeat(count, 1, 1, 1), noise)
-        with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
-            logits = defense.classifier(purified.contiguous(memory_format=torch.channels_last))
-        return logits.float().view(count, len(images), -1).mean(0)
-
-    return predict
-
-
-def _p(first: Tensor, second: Tensor | None) -> str:
-    assert second is not None
-    return f"{mcnemar(int((first & ~second).sum()), int((second & ~first).sum())):.3g}"
+def _line(key: str, strong: Mapping[str, Report], cheap: Report) -> dict[str, str]:
+    row, report = ROWS[key], strong[key]
+    tested = row.against in strong
+    rival = strong[row.against] if row.against and tested else report
+    p = paired_p_value(report.outcomes(WORST_OF_ALL), rival.outcomes(WORST_OF_ALL))
+    return {
+        "defense": row.title,
+        "clean": _said(cheap.share(cheap.natural_column())),
+        "transfer": _said(cheap.robust(0)),
+        "PGD": _said(cheap.robust(1)),
+        "APGD": _said(cheap.robust(2)),
+        "strongest": _said(report.robust()),
+        "images": f"{len(report.records):,}",
+        "p": f"{p:.2g} against {_letter(row.against)}" if row.against and tested else "–",
+    }
 
 
-def _said(right: Tensor) -> str:
-    found = share(int(right.sum()), len(right))
-    return f"{100 * found.value:.1f} ({100 * found.low:.1f} to {100 * found.high:.1f})"
+def _letter(key: str) -> str:
+    return ROWS[key].title.split()[0]
+
+
+def _said(found: Share) -> str:
+    return f"{percent(found.value)} ({interval(found)})"
 
 
 if __name__ == "__main__":
