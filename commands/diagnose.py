@@ -28,6 +28,7 @@ from ebm_defense.learning.convergence import (
     judge_convergence,
     long_runs,
 )
+from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers.langevin import LangevinPurifier
 from ebm_defense.storage.files import load_tensors, writable_folder, write_text
 from ebm_defense.storage.folders import ENERGY
@@ -125,12 +126,17 @@ class Diagnose:
     ) -> list[Point]:
         classifier = load_defense(self.classifier).undefended.to(images.device)
         eps = customary_eps(self.data, "Linf") if self.eps is None else self.eps
-        attack = PGD(threat=ThreatModel(eps=eps), steps=self.attack_steps, step_size=eps / 4)
+        threat = ThreatModel(eps=eps)
+        attack = PGD(threat=threat, steps=self.attack_steps, step_size=eps / 4)
         attacked = attack(classifier, images, labels, seed=self.seed)
+        keys = chain_keys(self.seed, "at random", range(len(images)), range(1))[0]
+        direction = KeyedNoise(keys.to(images.device)).normal(0, images)
+        wandered = threat.step(images, images, direction, eps)
         lengths = sorted({0, *np.geomspace(1, self.steps, 14).round().astype(int).tolist()})
         return purification_curve(
-            purifier, classifier, images, attacked, labels, lengths=lengths, seed=self.seed
-        )
+            purifier, classifier, images, attacked, labels,
+            lengths=lengths, wandered=wandered, seed=self.seed,
+        )  # fmt: skip
 
     def _subject(self) -> Subject:
         folder = Path(self.energy).expanduser()
@@ -197,6 +203,7 @@ def _text(found: Convergence, points: list[Point]) -> str:
             "clean %": [100 * p.clean for p in points],
             "attacked %": [100 * p.attacked for p in points],
             "compression": [p.compression for p in points],
+            "at random": [p.at_random for p in points],
         }
     )
     share = found.acceptance

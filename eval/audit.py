@@ -259,14 +259,11 @@ def _compression(subject: _Subject, attacked: Tensor) -> list[tuple[int, float, 
     direction = subject.noise("compression").normal(0, subject.images)
     threat = subject.settings.threat
     wandered = threat.step(subject.images, subject.images, direction, threat.eps)
-    curves = [
-        purification_curve(
-            purifier, subject.defense.classifier, subject.images, end, subject.labels,
-            lengths=lengths, seed=subject.settings.seed,
-        )
-        for end in (attacked, wandered)
-    ]  # fmt: skip
-    return [(a.steps, a.compression, b.compression) for a, b in zip(*curves, strict=True)]
+    points = purification_curve(
+        purifier, subject.defense.classifier, subject.images, attacked, subject.labels,
+        lengths=lengths, wandered=wandered, seed=subject.settings.seed,
+    )  # fmt: skip
+    return [(p.steps, p.compression, p.at_random) for p in points]
 
 
 def verdicts(found: Audited) -> list[Check]:

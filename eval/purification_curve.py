@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -26,12 +27,14 @@ class Point(NamedTuple):
         attacked: likewise on attacked ones.
         compression: ‖P(x+δ; ω) − P(x; ω)‖ / ‖δ‖ at the same noise ω, the mean over images and
             replicates; below 1 the chain takes perturbations back, above 1 it spreads them.
+        at_random: likewise of perturbations at random; not a number where none were given.
     """
 
     steps: int
     clean: float
     attacked: float
     compression: float
+    at_random: float = math.nan
 
 
 def purification_curve(
@@ -42,6 +45,7 @@ def purification_curve(
     labels: Tensor,
     *,
     lengths: Sequence[int],
+    wandered: Tensor | None = None,
     replicates: int = 4,
     seed: int = 0,
 ) -> list[Point]:
@@ -54,6 +58,7 @@ def purification_curve(
         attacked: the same images as an attack left them.
         labels: true classes `[N]`.
         lengths: numbers of steps K ≥ 0.
+        wandered: the same images perturbed at random, if compression is asked of that too.
         replicates: chains an image, at least 1.
         seed: seed of their noise; an image and its attacked version share it.
 
@@ -61,30 +66,39 @@ def purification_curve(
         UsageError: images, labels or settings that do not fit.
     """
     check_images(images)
-    check_images(attacked, name="attacked images")
+    moved = [attacked] if wandered is None else [attacked, wandered]
+    for perturbed in moved:
+        check_images(perturbed, name="attacked images")
     check_labels(labels, images)
-    if attacked.shape != images.shape or replicates < 1 or min(lengths, default=-1) < 0:
+    alike = all(perturbed.shape == images.shape for perturbed in moved)
+    if not alike or replicates < 1 or min(lengths, default=-1) < 0:
         raise UsageError(
             "a purification curve needs attacked images like the originals, replicates ≥ 1 and "
             "lengths of 0 steps or more."
         )
     keys = chain_keys(seed, "purification curve", range(len(images)), range(replicates)).flatten()
-    both = torch.stack([images, attacked]).repeat(1, replicates, 1, 1, 1)
-    moved = _norms(both[1] - both[0])
+    starts = torch.stack([images, *moved]).repeat(1, replicates, 1, 1, 1)
     points = []
-    for steps, ends in _prefixes(purifier, both, keys.to(images.device), sorted(set(lengths))):
-        clean, wrong = (_accuracy(classify, end, labels, replicates) for end in ends)
-        ratio = (_norms(ends[1] - ends[0]) / moved.clamp_min(1e-12))[moved > 0]
-        points.append(Point(steps, clean, wrong, float(ratio.mean())))
+    for steps, ends in _prefixes(purifier, starts, keys.to(images.device), sorted(set(lengths))):
+        clean, wrong = (_accuracy(classify, end, labels, replicates) for end in ends[:2])
+        points.append(Point(steps, clean, wrong, *_compressions(starts, ends)))
     return points
+
+
+def _compressions(starts: Tensor, ends: Tensor) -> list[float]:
+    """Return the mean of ‖P(x+δ) − P(x)‖/‖δ‖ for each kind of perturbed images after the first."""
+    before, after = (
+        _norms((x[1:] - x[0]).flatten(0, 1)).view(len(x) - 1, -1) for x in (starts, ends)
+    )
+    return [float((b[a > 0] / a[a > 0]).mean()) for a, b in zip(before, after, strict=True)]
 
 
 @torch.no_grad()
 def _prefixes(
-    purifier: SteppedPurifier, both: Tensor, keys: Tensor, lengths: Sequence[int]
+    purifier: SteppedPurifier, starts: Tensor, keys: Tensor, lengths: Sequence[int]
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield the purified images `[2, r·N, C, H, W]` at each length."""
-    noise, states, done = KeyedNoise(keys), [purifier.enter(x) for x in both], 0
+    """Yield the purified images `[kinds, r·N, C, H, W]` at each length."""
+    noise, states, done = KeyedNoise(keys), [purifier.enter(x) for x in starts], 0
     for steps in lengths:
         states = [purifier.advance(x, noise, range(done, steps)) for x in states]
         done = steps

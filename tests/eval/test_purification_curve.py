@@ -39,6 +39,22 @@ def test_compression_is_the_chain_s_own_factor_to_the_power_of_its_steps() -> No
     assert [p.steps for p in points] == [0, 1, 7, 30]
 
 
+def test_perturbations_at_random_are_compressed_by_their_own_factor() -> None:
+    stiff, loose = 2.0, 0.5
+    curvature = torch.tensor([stiff, loose, 1.0, 1.0]).double()
+    energy = QuadraticEnergy(torch.zeros(SHAPE).double(), curvature)
+    chain = LangevinPurifier(energy, steps=10, step_size=0.1, temperature=0.05)
+    x = images()
+    attacked, wandered = x.clone(), x.clone()
+    attacked[:, 0, 0, 0] += 0.05
+    wandered[:, 0, 0, 1] -= 0.03
+    (point,) = purification_curve(
+        chain, classify, x, attacked, torch.zeros(6).long(), lengths=(5,), wandered=wandered
+    )
+    assert point.compression == pytest.approx((1 - 0.1 * stiff) ** 5, rel=1e-9)
+    assert point.at_random == pytest.approx((1 - 0.1 * loose) ** 5, rel=1e-9)
+
+
 def test_lengths_are_prefixes_of_the_same_chains() -> None:
     x = images()
     labels = torch.zeros(len(x), dtype=torch.int64)

@@ -84,10 +84,13 @@ def _accuracies(axis: Any, points: Sequence[Point]) -> None:
 
 
 def _compression(axis: Any, points: Sequence[Point]) -> None:
-    axis.plot([p.steps for p in points], [p.compression for p in points], "o-", color=REFERENCE)
+    steps = [p.steps for p in points]
+    axis.plot(steps, [p.compression for p in points], "s-", color=NOISE, label="attacked")
+    axis.plot(steps, [p.at_random for p in points], "o--", color=DATA, label="at random")
     axis.axhline(1.0, color="black", linewidth=0.6)
     axis.set_xscale("symlog", linthresh=1)
     axis.set(xlabel="Langevin steps K", title="‖P(x+δ) − P(x)‖ / ‖δ‖", yscale="log", xlim=0)
+    axis.legend(fontsize=8)
 
 
 def _learning(axis: Any, history: pd.DataFrame) -> None:
