@@ -17,9 +17,9 @@ from ebm_defense.errors import UsageError
 from ebm_defense.interface.numbers import real
 from ebm_defense.purifiers.base import Purifier
 from ebm_defense.purifiers.foreign import as_purifier
-from ebm_defense.purifiers.registry import PURIFIERS, baseline
+from ebm_defense.purifiers.registry import PURIFIERS, baseline, needs_networks
 from ebm_defense.storage.files import write_text
-from ebm_defense.storage.folders import names_folder
+from ebm_defense.storage.folders import find_folder, names_folder, read_settings
 from ebm_defense.storage.weights import load_purifier
 
 M = TypeVar("M", bound=nn.Module)
@@ -78,20 +78,34 @@ def put_on(module: M, device: torch.device) -> M:
 
 
 def make_purifier(spec: str, steps: int | None = None, adjusted: bool | None = None) -> Purifier:
-    """Make a purifier from a shipped name, a folder, a baseline ("jpeg:75") or module:factory.
+    """Make a purifier from a shipped name, a folder, a baseline ("jpeg:75"), the name of a purifier
+    of networks and its folder ("hat:FOLDER"), or module:factory.
 
     A folder's chain takes `steps`, and a Metropolis test if `adjusted`, instead of its own; None
     keeps them.
 
     Raises:
-        UsageError: nothing of that name, or no chain that could be adjusted.
+        UsageError: nothing of that name, a folder of another purifier, or no chain that could be
+            adjusted.
     """
+    kind, colon, rest = spec.partition(":")
     if names_folder(spec):
         return load_purifier(spec, steps=steps, adjusted=adjusted)
+    if colon and kind in PURIFIERS and needs_networks(PURIFIERS[kind]):
+        refuse_another_purifier(rest, kind)
+        return load_purifier(rest, steps=steps, adjusted=adjusted)
     if adjusted:
         raise UsageError(f"--adjusted is for the Langevin chain of a defense folder, not {spec}.")
-    kind, colon, _ = spec.partition(":")
     return as_purifier(factory(spec)()) if colon and kind not in PURIFIERS else baseline(spec)
+
+
+def refuse_another_purifier(folder: str, kind: str) -> None:
+    """Refuse a folder of another purifier than it was named with."""
+    found = read_settings(find_folder(folder)).purifier.name
+    if found != kind:
+        raise UsageError(
+            f"{folder} holds a purifier {found}, not {kind}; name it {found}:{folder}."
+        )
 
 
 SETTINGS = "settings.toml"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -22,10 +22,3 @@ ENERGIES: dict[str, Network] = {
     "ResidualEnergy": Network(ResidualEnergySettings, ResidualEnergy),
 }
 """By the names of their classes; the first is what a folder that names none holds."""
-
-USUAL = next(iter(ENERGIES))
-
-
-def name_of(network: Any) -> str | None:
-    """Return a network's name in `ENERGIES`; None for one that has none."""
-    return next((name for name, n in ENERGIES.items() if n.make is type(network)), None)

@@ -46,16 +46,31 @@ def hessian_product(energy: Callable[[Tensor], Tensor], x: Tensor, vector: Tenso
         x: `[b, C, H, W]`.
         vector: likewise.
     """
-    energy = widened(energy, x)
+    wide = widened(energy, x)
+    return hessian_products(lambda xs: wide(xs[0]), [x], 0, vector)[0]
+
+
+def hessian_products(
+    energy: Callable[[list[Tensor]], Tensor], xs: Sequence[Tensor], row: int, vector: Tensor
+) -> list[Tensor]:
+    """Return vectorᵀ·∂²U/∂x_row∂x_i for each of several tensors x_i that U depends on together.
+
+    Args:
+        energy: maps tensors `[b, …]` to `[b]`.
+        xs: those tensors.
+        row: the number of the one by which U is differentiated first.
+        vector: of that one's shape.
+    """
     with torch.inference_mode(False), torch.enable_grad():
-        x = _leaf(x)
+        xs = [_leaf(x) for x in xs]
         with _FixedWeights():
-            value = energy(x)
-        (slope,) = torch.autograd.grad(value, x, torch.ones_like(value), create_graph=True)
+            value = energy(xs)
+        ones = torch.ones_like(value)
+        (slope,) = torch.autograd.grad(value, xs[row], ones, create_graph=True)
         if not slope.requires_grad:
-            return torch.zeros_like(x)
-        (product,) = torch.autograd.grad(slope, x, _usable(vector), allow_unused=True)
-        return torch.zeros_like(x) if product is None else product
+            return [torch.zeros_like(x) for x in xs]
+        found = torch.autograd.grad(slope, xs, _usable(vector), allow_unused=True)
+        return [torch.zeros_like(x) if g is None else g for x, g in zip(xs, found, strict=True)]
 
 
 class _Convolution(torch.autograd.Function):

@@ -9,13 +9,19 @@ from ebm_defense.purifiers.baselines import (
     NoPurifier,
     TotalVariation,
 )
+from ebm_defense.purifiers.gebm import GEBMPurifier
+from ebm_defense.purifiers.hat import HatPurifier
 from ebm_defense.purifiers.langevin import LangevinPurifier
+from ebm_defense.purifiers.latent import LatentPurifier
 
 __all__ = [
     "BitDepth",
+    "GEBMPurifier",
     "GaussianNoise",
+    "HatPurifier",
     "Jpeg",
     "LangevinPurifier",
+    "LatentPurifier",
     "MedianFilter",
     "NoPurifier",
     "Purifier",

@@ -15,7 +15,10 @@ from ebm_defense.purifiers.baselines import (
     NoPurifier,
     TotalVariation,
 )
+from ebm_defense.purifiers.gebm import GEBMPurifier
+from ebm_defense.purifiers.hat import HatPurifier
 from ebm_defense.purifiers.langevin import LangevinPurifier
+from ebm_defense.purifiers.latent import LatentPurifier
 
 PURIFIERS: dict[str, type[Purifier]] = {
     "none": NoPurifier,
@@ -25,6 +28,9 @@ PURIFIERS: dict[str, type[Purifier]] = {
     "tv": TotalVariation,
     "median": MedianFilter,
     "langevin": LangevinPurifier,
+    "hat": HatPurifier,
+    "gebm": GEBMPurifier,
+    "latent": LatentPurifier,
 }
 """By the names that commands and defense folders know."""
 
@@ -61,7 +67,7 @@ def baseline(spec: str) -> Purifier:
     """
     name, colon, values = spec.partition(":")
     kind = PURIFIERS.get(name)
-    if kind is None or _needs_networks(kind) or (colon and not kind.arguments()):
+    if kind is None or needs_networks(kind) or (colon and not kind.arguments()):
         raise UsageError(f"unknown purifier {spec!r}; choose {', '.join(baselines())}.")
     if not kind.arguments():
         return kind()
@@ -80,11 +86,14 @@ def baseline(spec: str) -> Purifier:
 
 
 def baselines() -> list[str]:
-    """Return how the purifiers without networks are named on a command line."""
-    plain = {name: kind for name, kind in PURIFIERS.items() if not _needs_networks(kind)}
-    return [":".join([name, *["NUMBER"][: len(kind.arguments())]]) for name, kind in plain.items()]
+    """Return how purifiers are named on a command line: with their number, or their folder."""
+
+    def after(kind: type[Purifier]) -> list[str]:
+        return ["FOLDER"] if needs_networks(kind) else ["NUMBER"][: len(kind.arguments())]
+
+    return [":".join([name, *after(kind)]) for name, kind in PURIFIERS.items()]
 
 
-def _needs_networks(kind: type[Purifier]) -> bool:
+def needs_networks(kind: type[Purifier]) -> bool:
     """Whether a purifier's constructor wants what cannot be written as a number."""
     return any(hint not in (int, float) for hint in kind.arguments().values())

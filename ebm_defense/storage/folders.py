@@ -26,10 +26,10 @@ import tomli_w
 from torch import Tensor, nn
 
 from ebm_defense.classifiers import Normalized, WideResNetSettings
-from ebm_defense.energies import registry as energies
 from ebm_defense.errors import UsageError
 from ebm_defense.networks import NETWORKS, Network, NetworkSettings
 from ebm_defense.purifiers.base import Purifier
+from ebm_defense.purifiers.parts import PARTS, USUAL, part_name
 from ebm_defense.purifiers.registry import PURIFIERS, name_of
 from ebm_defense.storage import hub
 from ebm_defense.storage.files import save_tensors, writable_folder, write_text
@@ -63,7 +63,7 @@ class PurifierSettings(NamedTuple):
     Attributes:
         name: in `PURIFIERS`.
         numbers: its plain arguments.
-        networks: the names in `ENERGIES` and the settings of its networks, by argument.
+        networks: the names in `PARTS` and the settings of its networks, by argument.
     """
 
     name: str
@@ -193,13 +193,13 @@ def _numbers(kind: type[Purifier], table: Any, file: Path, name: str) -> dict[st
 
 
 def _network_settings(table: dict[str, Any], file: Path, place: str) -> tuple[str, Any]:
-    """Return a network's name in `ENERGIES` and its settings."""
-    name = table.get("kind", energies.USUAL)
-    if name not in energies.ENERGIES:
-        names = ", ".join(energies.ENERGIES)
+    """Return a network's name in `PARTS` and its settings."""
+    name = table.get("kind", USUAL)
+    if name not in PARTS:
+        names = ", ".join(PARTS)
         raise UsageError(f"{file}: {place}: unknown kind {name!r}; choose one of {names}.")
     plain = {k: v for k, v in table.items() if k != "kind"}
-    return name, from_plain(energies.ENERGIES[name].settings, plain, str(file), (place,))
+    return name, from_plain(PARTS[name].settings, plain, str(file), (place,))
 
 
 def verify(folder: Path) -> None:
@@ -257,11 +257,27 @@ def save_defense(
             a folder that cannot be written.
     """
     plain = {"description": description, "data": data} | _plain(defense)
-    path, own = writable_folder(folder), own_state(defense.purifier)
-    scales = {CLASSIFIER: defense.classifier, UNDEFENDED: defense.undefended}
-    for name, network in _networks(defense).items():
-        more = _scale(scales[name]) if name in scales else {}
-        save_tensors(path / name, network.state_dict(), about(network, data=data, **more))
+    path = writable_folder(folder)
+    for name, classifier in _classifiers(defense).items():
+        network, scale = bare_network(classifier), _scale(classifier)
+        save_tensors(path / name, network.state_dict(), about(network, data=data, **scale))
+    return _finish(path, plain, defense.purifier)
+
+
+def save_purifier(
+    purifier: Purifier, folder: str | Path, *, description: str = "", data: str = ""
+) -> Path:
+    """Write a purifier alone to a folder that `load_purifier` reads; as `save_defense`."""
+    plain = {"description": description, "data": data} | _purifier_tables(purifier)
+    return _finish(writable_folder(folder), plain, purifier)
+
+
+def _finish(path: Path, plain: dict[str, Any], purifier: Purifier) -> Path:
+    """Write a purifier's weights, the settings of all, and their sums."""
+    for name, network in purifier.networks.items():
+        file = path / f"{name}.safetensors"
+        save_tensors(file, network.state_dict(), about(network, data=plain["data"]))
+    own = own_state(purifier)
     if own:
         save_tensors(path / PURIFIER, own)
     write_text(path / DEFENSE, tomli_w.dumps(plain))
@@ -283,7 +299,8 @@ def _plain(defense: PurifiedClassifier) -> dict[str, Any]:
 
 def _purifier_tables(purifier: Purifier) -> dict[str, Any]:
     name = name_of(purifier)
-    unsaid = set(purifier.arguments()) - {*purifier.numbers, *purifier.networks}
+    left_out = {k for k in purifier.arguments() if getattr(purifier, k, k) is None}
+    unsaid = {*purifier.arguments()} - {*purifier.numbers, *purifier.networks, *left_out}
     if name is None or unsaid:
         raise UsageError(
             f"a {type(purifier).__name__} cannot be saved: {', '.join(PURIFIERS)} can, made of "
@@ -294,23 +311,22 @@ def _purifier_tables(purifier: Purifier) -> dict[str, Any]:
 
 
 def _network_table(network: nn.Module, purifier: Purifier) -> dict[str, Any]:
-    name = energies.name_of(network)
+    name = part_name(network)
     if name is None:
         raise UsageError(
-            f"only {', '.join(energies.ENERGIES)} of a {type(purifier).__name__} can be saved, not "
+            f"only {', '.join(PARTS)} of a {type(purifier).__name__} can be saved, not "
             f"{type(network).__name__}; save a network of your own by your own code."
         )
     settings: Any = network.settings
-    kind = {} if name == energies.USUAL else {"kind": name}
+    kind = {} if name == USUAL else {"kind": name}
     return kind | dataclasses.asdict(settings)
 
 
-def _networks(defense: PurifiedClassifier) -> dict[str, nn.Module]:
-    """Return the networks that a folder keeps, by file."""
-    purifiers = {f"{name}.safetensors": net for name, net in defense.purifier.networks.items()}
-    if defense.undefended is not defense.classifier:
-        purifiers[UNDEFENDED] = bare_network(defense.undefended)
-    return {CLASSIFIER: bare_network(defense.classifier)} | purifiers
+def _classifiers(defense: PurifiedClassifier) -> dict[str, nn.Module]:
+    """Return the classifiers that a folder keeps, by file."""
+    own = {CLASSIFIER: defense.classifier}
+    separate = defense.undefended is not defense.classifier
+    return own | ({UNDEFENDED: defense.undefended} if separate else {})
 
 
 def own_state(purifier: Purifier) -> dict[str, Tensor]:

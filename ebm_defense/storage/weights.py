@@ -10,10 +10,10 @@ from torch import nn
 from ebm_defense.classifiers import normalized
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.energies.conv import channels_last
-from ebm_defense.energies.registry import ENERGIES
 from ebm_defense.errors import UsageError
 from ebm_defense.networks import make_network
 from ebm_defense.purifiers.base import Purifier
+from ebm_defense.purifiers.parts import PARTS
 from ebm_defense.purifiers.registry import PURIFIERS
 from ebm_defense.storage.files import load_tensors
 from ebm_defense.storage.folders import (
@@ -48,6 +48,11 @@ def load_defense(name: str | Path = "fashion-mnist", **options: Any) -> Purified
     folder = find_folder(name)
     verify(folder)
     settings = read_settings(folder)
+    if not (folder / CLASSIFIER).is_file() and PURIFIERS[settings.purifier.name].needed():
+        raise UsageError(
+            f"{folder} holds a purifier alone; name it by --purifier, or by load_purifier, and put "
+            "it in front of a classifier."
+        )
     bare = settings.undefended
     chain = {k: options.pop(k, None) for k in CHAIN_OPTIONS}
     defaults: dict[str, Any] = {"replicates": settings.replicates, "average": settings.average}
@@ -96,7 +101,7 @@ def _classifier(path: Path, s: ClassifierSettings) -> nn.Module:
 
 
 def _load_network(path: Path, name: str, settings: Any) -> nn.Module:
-    network = ENERGIES[name].make(settings)
+    network = PARTS[name].make(settings)
     load_weights(network, path)
     return channels_last(network.eval().requires_grad_(False))
 

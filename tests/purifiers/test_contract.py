@@ -15,9 +15,19 @@ from ebm_defense.errors import UsageError
 from ebm_defense.eval import evaluate
 from ebm_defense.eval.load_run import load_run
 from ebm_defense.eval.reverify import reverify
+from ebm_defense.generators.networks import (
+    ConvEncoder,
+    ConvGenerator,
+    ConvSettings,
+    LatentEnergy,
+    LatentEnergySettings,
+)
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers.base import Purifier, SteppedPurifier
+from ebm_defense.purifiers.gebm import GEBMPurifier
+from ebm_defense.purifiers.hat import HatPurifier
 from ebm_defense.purifiers.langevin import LangevinPurifier
+from ebm_defense.purifiers.latent import LatentPurifier
 from ebm_defense.purifiers.registry import PURIFIERS, baseline, baselines, caption
 from ebm_defense.storage.folders import read_settings, save_defense
 from ebm_defense.storage.weights import load_defense
@@ -70,6 +80,13 @@ def energy() -> ConvEnergy:
     return ConvEnergy(ConvEnergySettings(channels=1, image_size=8, width=2))
 
 
+def generator() -> tuple[nn.Module, nn.Module]:
+    """Return a generator of 8 × 8 pixels from 3 numbers, and its encoder."""
+    torch.manual_seed(0)
+    shape = ConvSettings(latent=3, image_size=8, width=2)
+    return ConvGenerator(shape), ConvEncoder(shape)
+
+
 MAKE = {
     "none": lambda: baseline("none"),
     "gaussian": lambda: baseline("gaussian:0.1"),
@@ -78,6 +95,9 @@ MAKE = {
     "tv": lambda: baseline("tv:0.1"),
     "median": lambda: baseline("median:3"),
     "langevin": lambda: LangevinPurifier(energy(), 2, 0.05, 0.01),
+    "hat": lambda: HatPurifier(energy(), *generator(), 2, 0.05, 0.05, 0.01),
+    "gebm": lambda: GEBMPurifier(energy(), *generator(), 2),
+    "latent": lambda: LatentPurifier(LatentEnergy(LatentEnergySettings(size=3)), *generator(), 2),
     "blur": lambda: Blur(2),
     "pair": lambda: Pair(3),
 }

@@ -1,0 +1,1 @@
+"""Networks between latent vectors and images: generators, inference nets, energies of latents."""
