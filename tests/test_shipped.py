@@ -42,7 +42,9 @@ def test_a_shipped_defense_classifies_the_sample(name: str) -> None:
     assert undefended > 0.80
 
 
-@pytest.mark.parametrize("name", ["fashion-mnist-longrun"])
+@pytest.mark.parametrize(
+    "name", ["fashion-mnist-longrun", "fashion-mnist", "fashion-mnist-together"]
+)
 def test_bf16_chains_purify_as_fp32_ones_do(name: str) -> None:
     """Same noise: means and spreads agree to within a margin well under their own size.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from ebm_defense import data as data_module
@@ -16,13 +18,18 @@ from ebm_defense.data.sampling import in_memory
 from ebm_defense.purifiers import LangevinPurifier
 from ebm_defense.purifiers.baselines import NoPurifier
 from ebm_defense.storage.files import load_tensors
-from ebm_defense.storage.folders import read_settings
+from ebm_defense.storage.folders import read_settings, shipped, shipped_folder
 
 SHORT = (
     "--updates", 2, "--batch", 4, "--images", 40, "--validation-images", 10, "--validate-every", 1,
     "--validation-steps", 1, "--validation-draws", 1, "--attack-steps", 1, "--precision", "fp32",
 )  # fmt: skip
 DIGITS = ("--data", "digits", *SHORT)
+
+
+def recipe_of(name: str) -> Path:
+    """Return where a shipped defense has its recipe, if it has one."""
+    return shipped_folder() / name / "recipe.toml"
 
 
 def natural(run, tmp_path) -> Path:
@@ -82,6 +89,30 @@ def test_what_cannot_be_learned_is_said_before_any_work(run, tmp_path):
         status, _, err = run("train-defense", *DIGITS, *words, "--out", tmp_path / "x")
         assert status == 2
         assert said in err
+
+
+@pytest.mark.parametrize("name", [s.name for s in shipped() if recipe_of(s.name).exists()])
+def test_every_shipped_recipe_starts(run, tmp_path, monkeypatch, name):
+    """From the options that lie beside the weights, cut down to two updates on random images."""
+    images = torch.rand(60, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    source = in_memory(Images(images, torch.arange(60) % 10))
+    random = dataclasses.replace(DATASETS["fashion-mnist"], open=lambda root, split, folder: source)
+    monkeypatch.setitem(data_module.DATASETS, "fashion-mnist", random)
+    monkeypatch.chdir(tmp_path)
+    bare = ("--learn", "classifier", "--purifier", "none", "--eps", 0)
+    asked = recipe_of(name).read_text(encoding="utf-8")
+    for network in re.findall(r"natural-(\w+)/defense", asked):
+        words = (*SHORT, *bare, "--classifier", network, "--out", f"natural-{network}")
+        assert run("train-defense", *words)[0] == 0
+    words = ("--config", recipe_of(name), *SHORT, "--no-compiled", "--out", "made")
+    status, _, err = run("train-defense", *words)
+    assert status == 0, err
+    made, shipped_one = (read_settings(f) for f in (Path("made/defense"), recipe_of(name).parent))
+    assert made.classifier == shipped_one.classifier
+    assert made.purifier.networks == shipped_one.purifier.networks
+    assert made.purifier.name == shipped_one.purifier.name
+    if "steps" in made.purifier.numbers:
+        assert made.purifier.numbers["steps"] == shipped_one.purifier.numbers["steps"]
 
 
 def test_the_recipe_for_cifar10_runs_end_to_end_on_200_random_images(run, tmp_path, monkeypatch):
