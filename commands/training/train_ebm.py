@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -85,7 +85,16 @@ class TrainEbm:
     updates: int = 10_000
     """Weight updates in all."""
     objective: str = "likelihood"
-    """What moves the weights: likelihood."""
+    """What moves the weights: likelihood; contrastive-divergence, whose chains begin at the batch;
+    score-matching, without chains; or recovery-likelihood, whose chains begin at noisy images."""
+    noise_levels: tuple[float, ...] = (0.1,)
+    """Standard deviations of the noise that score-matching and recovery-likelihood undo, in
+    [-1, 1] units."""
+    loss_shape: float | Literal["adaptive"] = 2.0
+    """Shape of Barron's robust loss in score-matching: 2 for half the square, 1 for a smooth
+    absolute value, 0 for Cauchy's, or adaptive."""
+    loss_scale: float = 1.0
+    """Its scale, in standard deviations of the noise; where an adaptive one begins."""
     batch: int = 100
     """Data images, and chains, an update, of all processes together."""
     accumulate: int = 1
@@ -115,6 +124,8 @@ class TrainEbm:
     """Langevin step size, in [-1, 1] units."""
     temperature: float = 0.0036
     """Temperature T."""
+    adjusted: bool = False
+    """Let a Metropolis test accept or refuse each step of learning's chains (MALA)."""
     purification: int | None = None
     """Steps that the energy shall purify by, to be compared with how long its chains live."""
     data_noise: float = 0.12
@@ -156,7 +167,10 @@ class TrainEbm:
     def settings(self) -> EnergyRecipe:
         """Return the learning settings among these options."""
         chain = LangevinSettings(
-            steps=self.langevin_steps, step_size=self.step_size, temperature=self.temperature
+            steps=self.langevin_steps,
+            step_size=self.step_size,
+            temperature=self.temperature,
+            adjusted=self.adjusted,
         )
         own = {f.name for f in fields(EnergyRecipe)} - {"langevin"}
         return EnergyRecipe(langevin=chain, **{name: getattr(self, name) for name in own})

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from ebm_defense.engine import Energy, EnergyGradient, prepare
 from ebm_defense.interface.modes import in_eval_mode, modules_of
-from ebm_defense.langevin import LangevinSettings, run_chain
+from ebm_defense.langevin import LangevinSettings, chain_precision, run_chain
 from ebm_defense.learning.draws import Batch
 from ebm_defense.learning.starts import Start
 from ebm_defense.noise import KeyedNoise
-from ebm_defense.precision.names import resolve_precision
 
 
 class Estimate(NamedTuple):
@@ -144,8 +143,7 @@ class MaximumLikelihood:
         return ends, gradient.strength * self.langevin.drift
 
     def _gradient(self, energy: Energy, states: Tensor) -> EnergyGradient:
-        precision = resolve_precision(self.precision, states.device, states.dtype)
-        return prepare(energy, states, precision)
+        return prepare(energy, states, chain_precision(self.precision, states, self.langevin))
 
     def keep(self) -> None:
         if self._parts:

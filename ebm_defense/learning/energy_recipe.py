@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ebm_defense.errors import UsageError
 from ebm_defense.langevin import LangevinSettings
+from ebm_defense.learning.robust import refuse_other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,11 @@ class EnergyRecipe:
         accumulate: into how many parts a batch is cut, for the sake of memory.
         langevin: steps K, step size and temperature of the chains between two updates.
         data_noise: σ of the noise on training images, in [-1, 1] units.
+        noise_levels: standard deviations of the noise that score matching and recovery likelihood
+            undo, in [-1, 1] units.
+        loss_shape: α of Barron's robust loss of what score matching regresses, at most 2, which is
+            half the square; or "adaptive", to be learned.
+        loss_scale: its c > 0, in standard deviations of the noise; where an adaptive one begins.
         start: where chains begin, a name in `STARTS`.
         fresh: where the chains of a bank begin, and begin again, likewise.
         bank: persistent chains, for the starts "persistent" and "burn-in".
@@ -43,6 +49,9 @@ class EnergyRecipe:
     accumulate: int = 1
     langevin: LangevinSettings = field(default_factory=lambda: LangevinSettings(steps=20))
     data_noise: float = 0.02
+    noise_levels: tuple[float, ...] = (0.1,)
+    loss_shape: float | str = 2.0
+    loss_scale: float = 1.0
     start: str = "persistent"
     fresh: str = "data"
     bank: int = 10_000
@@ -74,6 +83,9 @@ class EnergyRecipe:
             raise UsageError("updates must be at least 1 and sgd_from 0 or more.")
         if min(self.burn_in, self.burn_in_visits) < 1 or self.setbacks < 0:
             raise UsageError("burn_in and burn_in_visits must be at least 1, setbacks 0 or more.")
+        refuse_other(self.loss_shape, self.loss_scale)
+        if not self.noise_levels or not all(0 < s < math.inf for s in self.noise_levels):
+            raise UsageError(f"noise_levels are one or more above 0, not {self.noise_levels}.")
         if not (self.data_noise >= 0 and min(self.limit, self.generator_lr) > 0):
             raise UsageError("data_noise must be 0 or more, limit and generator_lr above 0.")
 

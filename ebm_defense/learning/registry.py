@@ -12,6 +12,9 @@ from ebm_defense.learning.draws import Batch
 from ebm_defense.learning.energy_objectives import EnergyObjective, MaximumLikelihood
 from ebm_defense.learning.energy_recipe import EnergyRecipe
 from ebm_defense.learning.parallel import Team
+from ebm_defense.learning.recovery import RecoveryLikelihood
+from ebm_defense.learning.robust import RobustLoss
+from ebm_defense.learning.score_matching import ScoreMatching
 from ebm_defense.learning.starts import (
     BurnIn,
     Cooperative,
@@ -114,7 +117,28 @@ def _likelihood(parts: Parts) -> MaximumLikelihood:
     return MaximumLikelihood(make_start(r.start, parts), r.langevin, r.data_noise, parts.precision)
 
 
-OBJECTIVES: dict[str, Callable[[Parts], EnergyObjective]] = {"likelihood": _likelihood}
+def _contrastive(parts: Parts) -> MaximumLikelihood:
+    r = parts.recipe
+    return MaximumLikelihood(FromBatch(r.data_noise), r.langevin, r.data_noise, parts.precision)
+
+
+def _score(parts: Parts) -> ScoreMatching:
+    r = parts.recipe
+    loss = RobustLoss(r.loss_shape, r.loss_scale)
+    return ScoreMatching(r.noise_levels, r.langevin.temperature, loss, parts.team)
+
+
+def _recovery(parts: Parts) -> RecoveryLikelihood:
+    r = parts.recipe
+    return RecoveryLikelihood(r.noise_levels, r.langevin, r.data_noise, parts.precision)
+
+
+OBJECTIVES: dict[str, Callable[[Parts], EnergyObjective]] = {
+    "likelihood": _likelihood,
+    "contrastive-divergence": _contrastive,
+    "score-matching": _score,
+    "recovery-likelihood": _recovery,
+}
 """By the name that recipes call it; an objective of your own is one more entry."""
 
 
