@@ -9,7 +9,7 @@ demo: $(STAMP)
 	$(BIN)/ebm-defense evaluate
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -13,7 +13,7 @@ LOG = logging.getLogger("ebm_defense.eval")
 FLAGS: dict[str, tuple[Callable[[Evidence], Finding], str]] = {
     "randomised output": (
         model.randomised,
-        "One pass says little: read the table of definitions, and state which one a number is.",
+        "One pass says little: each column is one definition of accuracy; state which one a number is.",
     ),
     "probabilities": (
         model.probabilities,
