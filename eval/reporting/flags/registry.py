@@ -13,7 +13,7 @@ LOG = logging.getLogger("ebm_defense.eval")
 FLAGS: dict[str, tuple[Callable[[Evidence], Finding], str]] = {
     "randomised output": (
         model.randomised,
-        "One pass says little: each column is one definition of accuracy; state which one a number is.",
+        "One pass says little: each column defines accuracy in its own way; state which one you use.",
     ),
     "probabilities": (
         model.probabilities,
