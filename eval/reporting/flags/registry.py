@@ -13,7 +13,7 @@ LOG = logging.getLogger("ebm_defense.eval")
 FLAGS: dict[str, tuple[Callable[[Evidence], Finding], str]] = {
     "randomised output": (
         model.randomised,
-        "One pass says little: each column defines accuracy in its own way; state which one you use.",
+        "One pass says little: each column defines accuracy in its own way; state which you use.",
     ),
     "probabilities": (
         model.probabilities,
