@@ -20,7 +20,7 @@ from ebm_defense.commands.options.shared import (
     put_on,
     resolve_device,
 )
-from ebm_defense.data.folder import photos_in
+from ebm_defense.data.folder import is_photo, photos_in
 from ebm_defense.data.photos import SUFFIXES, Framing, photo_size, read_photo
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.reporting.figures.pictures import Strip, draw_strip, film_strip
@@ -157,7 +157,7 @@ def find_images(paths: tuple[Path, ...], out: Path) -> dict[Path, Path]:
             raise UsageError(f"{out} holds the images themselves; name another --out.")
         for file in photos_in(path) if path.is_dir() else [path]:
             # What an earlier run wrote below the images is none of them.
-            if file.suffix.lower() in SUFFIXES and here not in file.resolve().parents:
+            if is_photo(file) and here not in file.resolve().parents:
                 found[file] = out / file.relative_to(home).with_suffix(".png")
     if not found:
         raise UsageError(f"there are no images there; known are {', '.join(SUFFIXES)}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def mapped(names: list[str], class_map: str | None) -> tuple[list[int], tuple[st
     if len(set(outputs)) < len(outputs):
         twice = next(n for n in names if outputs.count(known[n]) > 1)
         raise UsageError(
-            f"the class map {class_map} gives {twice!r}'s output to another class too."
+            f"the class map {class_map} gives the output of {twice!r} to another class too."
         )
     shown = {output: name for name, output in reversed(known.items())}
     shown |= dict(zip(outputs, names, strict=True))
@@ -60,7 +61,7 @@ def _by_number(names: list[str]) -> dict[str, int]:
 
 def _read(path: Path) -> dict[str, int]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         plain = json.loads(text) if path.suffix == ".json" else text.rstrip().splitlines()
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UsageError(f"the class map {path} cannot be read ({error}).") from error
@@ -77,7 +78,7 @@ def _from_plain(plain: Any) -> dict[str, int]:
     """Return name → output of any form that is in use; empty where it is none."""
     if isinstance(plain, dict):
         if all(isinstance(v, int) and not isinstance(v, bool) for v in plain.values()):
-            return {str(k): v for k, v in plain.items()}
+            return {unicodedata.normalize("NFC", str(k)): v for k, v in plain.items()}
         pairs = [(int(k), v) for k, v in plain.items() if str(k).isdecimal()]
         return _named(pairs) if len(pairs) == len(plain) else {}
     return _named(list(enumerate(plain))) if isinstance(plain, list) else {}
@@ -90,6 +91,6 @@ def _named(pairs: list[tuple[int, Any]]) -> dict[str, int]:
         for name in [names] if isinstance(names, str) else list(names):
             synset = SYNSET.match(str(name))
             for key in (str(name).strip(), synset.group() if synset else ""):
-                known.setdefault(key, output)
+                known.setdefault(unicodedata.normalize("NFC", key), output)
     known.pop("", None)
     return known

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ebm_defense.data.class_map import mapped
-from ebm_defense.data.photos import SUFFIXES, Framing, read_photo
+from ebm_defense.data.photos import CAMERAS, SUFFIXES, Framing, read_photo
 from ebm_defense.data.sampling import VALIDATION_SHARE, Images, Source, held_out
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -60,6 +62,7 @@ class FolderSettings:
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.test_share is not None and not 0 <= self.test_share < 1:
             raise UsageError(f"the test share must lie in [0, 1), not {self.test_share}.")
 
@@ -79,6 +82,8 @@ def open_folder(root: Path, split: str, settings: FolderSettings) -> Source:
     names = _class_names(list(folders.values()) or [root])
     if not names and settings.labelled:
         raise UsageError(f"{root} is no folder of class folders with images in them.")
+    if settings.labelled and not folders:
+        _refuse_wrapper(root, names)
     numbers, classes = mapped(names or [""], settings.class_map)
     listed = partial(
         _listed, names=names or [""], numbers=numbers, classes=classes, settings=settings
@@ -96,13 +101,26 @@ def _split_folders(root: Path, labelled: bool) -> dict[str, Path]:
     found = {s: by_name[n] for s, ns in SPLIT_NAMES.items() for n in ns if n in by_name}
     sure = "train" in found or len(found) > 1 or len(found) == len(by_name)
     # A class may be called "train" or "test"; a split folder holds folders, a class photos.
-    nested = all(any(p.is_dir() for p in visible(folder)) for folder in found.values())
+    nested = any(any(p.is_dir() for p in visible(folder)) for folder in found.values())
     return found if sure and (nested or not labelled) else {}
 
 
 def _class_names(folders: list[Path]) -> list[str]:
     """Return the class folders' names over all of these folders, in natural order."""
-    return sorted({p.name for f in folders for p in visible(f) if p.is_dir()}, key=natural)
+    return sorted({named(p) for f in folders for p in visible(f) if p.is_dir()}, key=natural)
+
+
+def _refuse_wrapper(root: Path, names: list[str]) -> None:
+    """Refuse a folder whose only class holds folders of photos, which are the classes."""
+    if len(names) > 1:
+        return
+    inside = visible(root / names[0]) if (root / names[0]).is_dir() else []
+    folders = [p for p in inside if p.is_dir() and next(photos_in(p), None)]
+    if len(folders) > 1 and len(folders) == len([p for p in inside if p.is_dir() or is_photo(p)]):
+        raise UsageError(
+            f"{root} holds one folder, {names[0]}, and that the folders of photos "
+            f"({', '.join(p.name for p in folders[:3])}, …); name {root / names[0]} instead."
+        )
 
 
 def _split_of(folders: dict[str, Path], root: Path, split: str, listed: List) -> Source:
@@ -140,11 +158,17 @@ def _listed(
     """List a folder's photos by class."""
     files: list[Path] = []
     labels: list[int] = []
+    homes = {named(p): p for p in visible(folder) if p.is_dir()}
+    if not homes and settings.labelled:
+        raise UsageError(
+            f"{folder} holds no class folders; sort its photos into {', '.join(names[:3])}, …"
+        )
     for name, number in zip(names, numbers, strict=True):
-        inside = sorted(photos_in(folder / name), key=lambda p: natural(str(p)))
-        if not inside and (folder / name).is_dir() and not settings.skip_bad:
+        home = homes.get(name, folder / name)
+        inside = sorted(photos_in(home), key=lambda p: natural(str(p)))
+        if not inside and home.is_dir() and not settings.skip_bad:
             raise UsageError(
-                f"{folder / name} is a class folder without images; put some in or remove it "
+                f"{home} is a class folder without images; put some in or remove it "
                 f"(known are {', '.join(SUFFIXES)})."
             )
         files += inside
@@ -189,15 +213,31 @@ def _refuse_unlike(images: list[Tensor], files: list[Path]) -> None:
             )
 
 
-def photos_in(folder: Path) -> Iterator[Path]:
-    """Yield the image files of a folder and of the folders in it, skipping hidden names."""
-    if not folder.is_dir():
+def photos_in(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Yield the image files of a folder and of the folders in it, skipping hidden names.
+
+    Args:
+        folder: where to look; a link back to a folder that it lies in is not followed.
+        above: the folders it lies in, resolved.
+    """
+    here = folder.resolve() if folder.is_dir() else None
+    if here is None or here in above:
         return
     for path in visible(folder):
         if path.is_dir():
-            yield from photos_in(path)
-        elif path.suffix.lower() in SUFFIXES:
+            yield from photos_in(path, above | {here, *here.parents})
+        elif is_photo(path):
             yield path
+
+
+def is_photo(path: Path) -> bool:
+    """Whether a file is a photo by its name, though perhaps one that only a plugin can read."""
+    return path.suffix.lower() in (*SUFFIXES, *CAMERAS)
+
+
+def named(path: Path) -> str:
+    """Return a file's name as it is typed: macOS takes accents apart, "é" into two characters."""
+    return unicodedata.normalize("NFC", path.name)
 
 
 def visible(folder: Path) -> list[Path]:

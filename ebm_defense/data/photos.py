@@ -13,10 +13,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 
 SUFFIXES = (
-    ".avif", ".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
+    ".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm",
+    ".tif", ".tiff", ".webp",
 )  # fmt: skip
+CAMERAS = (".arw", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef", ".orf", ".raf", ".rw2")
+"""Photos that Pillow reads with a plugin only: to pass them over in silence would change the
+data."""
 INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
 BACKGROUNDS = {"white": 255, "grey": 128, "black": 0}
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
@@ -50,6 +55,7 @@ class Framing:
     background: str = "white"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.channels not in (1, 3):
             raise UsageError(f"channels must be 1 or 3, not {self.channels}.")
         for name, value in (("resize", self.resize), ("crop", self.crop)):
@@ -109,14 +115,18 @@ def _opened(path: Path, use: Callable[[Image.Image], T]) -> T:
             f"{path} is too large to be opened safely ({error}); shrink it first."
         ) from None
     except Exception as error:  # Pillow raises a dozen kinds for a damaged file
-        raise UsageError(f"{path} is no image that can be read ({error}).") from error
+        camera = path.suffix.lower() in CAMERAS
+        hint = "; save it as JPEG or PNG, or install a plugin of Pillow's" if camera else ""
+        raise UsageError(f"{path} is no image that can be read ({error}){hint}.") from error
 
 
 def _prepared(image: Image.Image, framing: Framing) -> Image.Image:
     """Return a photo upright, as 8-bit L or RGB or, where it has more grey levels, as F."""
     upright = ImageOps.exif_transpose(image)
     if upright.mode == "F" or upright.mode.startswith("I"):
-        return Image.fromarray(_deep(np.asarray(upright), image))
+        deep = _deep(np.asarray(upright), image)
+        clear = np.asarray(upright) == upright.info.get("transparency")
+        return Image.fromarray(np.where(clear, np.float32(BACKGROUNDS[framing.background]), deep))
     mode = "L" if framing.channels == 1 else "RGB"
     if not upright.has_transparency_data:
         return upright.convert(mode)

@@ -24,11 +24,13 @@ def named_root(root: str | Path | None) -> Path | None:
     """Return the data folder that a user named, if one was.
 
     Raises:
-        UsageError: it does not exist.
+        UsageError: it is no folder.
     """
     if root is None:
         return None
     folder = Path(root).expanduser()
+    if folder.is_file():
+        raise UsageError(f"the data folder {root} is a file; name the folder.")
     if not folder.is_dir():
         raise UsageError(f"the data folder {root} does not exist; create it or name another.")
     return folder

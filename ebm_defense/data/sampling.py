@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import whole
 
 SPLITS = ("train", "val", "test")
 SPLIT_SEED = 20_210_501
@@ -45,11 +46,12 @@ class Source:
         """
         if limit is None:
             return self.read(torch.arange(len(self.labels)))
+        limit = whole(limit, "the number of images")
         if limit < 1:
             raise UsageError(f"the number of images must be at least 1, not {limit}.")
         if limit > len(self.labels):
             raise UsageError(f"{limit} images asked for, but there are only {len(self.labels)}.")
-        return self._first(stratified_order(self.labels, seed), limit)
+        return self._first(stratified_order(self.labels, whole(seed, "the seed")), limit)
 
     def _first(self, order: Tensor, limit: int) -> Images:
         """Read the first `limit` rows of an order that can be read."""
@@ -57,8 +59,9 @@ class Source:
         while found < limit:
             if not len(order):
                 raise UsageError(f"{limit} images asked for, but only {found} can be read.")
-            parts.append(self.read(order[: limit - found]))
-            order, found = order[limit - found :], found + len(parts[-1].labels)
+            part = self.read(order[: limit - found])
+            order, found = order[limit - found :], found + len(part.labels)
+            parts += [part] if len(part.labels) else []
         return Images(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def part(self, rows: Tensor) -> Source:

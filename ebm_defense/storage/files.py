@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
+import zipfile
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from ebm_defense.errors import UsageError
 
+ZIP = b"PK\x03\x04"
 ABOUT = "ebm_defense"
 """The entry of a .safetensors file's metadata under which tensors say what they are of."""
 
@@ -74,18 +77,69 @@ def load_plain(path: Path, device: str | torch.device = "cpu") -> Any:
         UsageError: the file is missing, truncated, or holds anything but tensors, numbers (NumPy's
             too), strings and their containers.
     """
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist; give the path of a weight file.")
+    head = _head(path)
     try:
-        with torch.serialization.safe_globals(_harmless()):
-            return torch.load(path, map_location=device, weights_only=True)
+        # Opened here, since torch judges paths by their suffix too.
+        with path.open("rb") as file, torch.serialization.safe_globals(_harmless()):
+            return torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
         code = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
-        what = f"a whole {code.group(1)}, which only code could open" if code else "nothing whole"
+        what = f"a whole {code.group(1)}, which only code could open" if code else _told(path, head)
         raise UsageError(
             f"{path} is truncated or holds more than plain tensors ({what}), and was not loaded; "
             "give a state_dict saved with torch.save, or a .safetensors file."
         ) from error
+
+
+def load_content(path: Path) -> tuple[Any, dict[str, Any]]:
+    """Read a weight file by what it is, whatever its suffix says.
+
+    Returns:
+        What it holds, and what it says of itself (nothing, of files that are no safetensors).
+
+    Raises:
+        UsageError: the file is missing or damaged, or holds more than plain values.
+    """
+    head = _head(path)
+    # Its header is JSON behind eight bytes that hold its length.
+    if head[8:9] == b"{" or (path.suffix.lower() == ".safetensors" and head[:2] != ZIP[:2]):
+        return load_safetensors(path)
+    if head[:4] == ZIP and all(name.endswith(".npy") for name in _members(path)):
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays), {}
+    return load_plain(path), {}
+
+
+def _head(path: Path) -> bytes:
+    if not path.exists():
+        raise UsageError(f"{path} does not exist; give the path of a weight file.")
+    if not path.is_file():
+        raise UsageError(f"{path} is no file; give the path of a weight file.")
+    with path.open("rb") as file:
+        return file.read(64)
+
+
+def _members(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist() or [""]
+    except zipfile.BadZipFile:
+        return [""]
+
+
+def _told(path: Path, head: bytes) -> str:
+    """Return what a file that holds no weights is instead, as far as its beginning tells."""
+    if not head:
+        return "it is empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS; fetch the file itself"
+    if head.lstrip().lower().startswith((b"<html", b"<!doctype")):
+        return "it is a web page"
+    members = _members(path) if head[:4] == ZIP else []
+    if any(name.endswith("constants.pkl") for name in members):
+        return "it is a TorchScript program"
+    inner = [name for name in members if name.endswith((".pt", ".pth", ".bin", ".ckpt"))]
+    return f"it is an archive; take {inner[0]} out of it" if inner else "nothing whole"
 
 
 def _harmless() -> list[Any]:
@@ -100,7 +154,8 @@ def _harmless() -> list[Any]:
         for make in makers
         for core in ("core", "_core")
     ]
-    return [*named, *numbers, np.ndarray, np.dtype, Namespace, PosixPath]
+    times = [datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone]
+    return [*named, *numbers, *times, np.ndarray, np.dtype, Namespace, PosixPath]
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -109,9 +164,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         UsageError: the file is missing, truncated, or not a flat dict of tensors.
     """
-    if path.suffix == ".safetensors":
-        return load_safetensors(path)[0]
-    state = load_plain(path)
+    state = load_content(path)[0]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UsageError(f"{path} holds no bare state_dict: a flat dict of names to tensors.")
     return state
@@ -125,8 +178,7 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist; give the path of a weight file.")
+    _head(path)
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))

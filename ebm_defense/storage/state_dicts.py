@@ -6,6 +6,7 @@ What has one reading is loaded; of the rest the first key that does not fit is n
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from ebm_defense.errors import UsageError
-from ebm_defense.storage.files import load_plain, load_safetensors, load_tensors
+from ebm_defense.storage.files import load_content
 
+LOG = logging.getLogger("ebm_defense")
 State = Mapping[str, Tensor]
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What DataParallel, torch.compile and FSDP put into the names of what they wrap."""
 COUNTERS = ("num_batches_tracked", "n_averaged", "total_ops", "total_params")
 """Entries that no output depends on, which older or other tools leave out or add."""
+SCALES = ("mean", "std", "mu", "sigma")
+"""What layers that normalise images call their buffers."""
+SHOWN, MANY = 3, 16
 DEEP = 4
 """How far a state_dict is looked for in what surrounds it."""
 TRIED = "as they are, without the prefixes of DataParallel and torch.compile, and as a part"
@@ -29,6 +34,10 @@ TRIED = "as they are, without the prefixes of DataParallel and torch.compile, an
 
 class _UnfitError(Exception):
     """Weights do not fit a network; the message says which key."""
+
+
+class _AmbiguousError(_UnfitError):
+    """Weights fit a network in more than one way."""
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -41,23 +50,21 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
     Args:
         module: takes the weights in place.
-        path: a .safetensors file or a pickle of plain values.
+        path: a .safetensors file, a pickle of plain values, or an .npz of NumPy's.
 
     Raises:
         UsageError: a file that cannot be read, weights that do not fit or that say that they are
             of other settings, or several state_dicts that fit.
     """
     file, name = _split(path)
-    if file.suffix == ".safetensors":
-        state, about = load_safetensors(file)
-        refuse_other(module, about, str(file))
-        load_into(module, state, str(file))
-        return
-    load_into(module, load_plain(file), str(file), name)
+    content, said = load_content(file)
+    refuse_other(module, said, str(file))
+    load_into(module, content, str(file), name)
 
 
 def _split(path: Path) -> tuple[Path, str | None]:
     """Return the file of `PATH:NAME`, and the name where there is one."""
+    path = path.expanduser()
     before, colon, name = str(path).rpartition(":")
     if colon and not path.exists() and Path(before).exists():
         return Path(before), name
@@ -80,16 +87,14 @@ def load_into(module: nn.Module, content: Any, source: str, name: str | None = N
     if not found:
         raise UsageError(f"{source} holds no state_dict, a dict of names to tensors.")
     if name is not None:
-        if name not in found:
-            raise UsageError(f"{source} holds no {name!r}, but {', '.join(found)}.")
-        found = {name: found[name]}
+        found = _chosen(found, name, source)
     fits: dict[str, State] = {}
-    reasons: dict[str, str] = {}
+    reasons: dict[str, _UnfitError] = {}
     for key, state in found.items():
         try:
             fits[key] = fitted(module, state)
         except _UnfitError as error:
-            reasons[key] = str(error)
+            reasons[key] = error
     if not fits:
         raise UsageError(f"{source} {_explained(found, reasons)}")
     if len(fits) > 1:
@@ -98,7 +103,35 @@ def load_into(module: nn.Module, content: Any, source: str, name: str | None = N
             f"{source} holds several weights that fit ({names}); name one as in "
             f"{source}:{next(iter(fits))}."
         )
-    module.load_state_dict(dict(next(iter(fits.values()))), strict=False)
+    key, state = next(iter(fits.items()))
+    module.load_state_dict(dict(state), strict=False)
+    _tell_left_out(found[key], state, source)
+
+
+def _chosen(found: Mapping[str, State], name: str, source: str) -> dict[str, State]:
+    """Return the state_dict that a name leads to, or the part of one whose keys begin with it."""
+    if name in found:
+        return {name: found[name]}
+    largest = max(found.values(), key=len)
+    part = {k: v for k, v in largest.items() if name and k.startswith(f"{name}.")}
+    if not part:
+        raise UsageError(f"{source} holds no {name!r}, but {', '.join(k or '…' for k in found)}.")
+    return {name: part}
+
+
+def _tell_left_out(held: State, taken: State, source: str) -> None:
+    """Say what of a file's weights went nowhere: a normalisation among them is missed."""
+    kept = {id(value) for value in taken.values()}
+    left = [k for k, v in held.items() if id(v) not in kept and not _counts(k)]
+    if not left:
+        return
+    names = ", ".join(left[:SHOWN]) + (", …" if len(left) > SHOWN else "")
+    scaled = any(k.rpartition(".")[2] in SCALES for k in left)
+    hint = "; it normalises its images, which the network does not: give --mean and --std, or "
+    LOG.warning(
+        "%s holds more than the network has, which is left out: %s%s.",
+        source, names, f"{hint}a factory that returns normalized(…)" if scaled else "",
+    )  # fmt: skip
 
 
 def unwrapped_state(path: Path, marks: Collection[str] = ()) -> dict[str, Tensor]:
@@ -112,8 +145,7 @@ def unwrapped_state(path: Path, marks: Collection[str] = ()) -> dict[str, Tensor
         UsageError: a file that cannot be read, or without a state_dict.
     """
     file, name = _split(path)
-    content = load_tensors(file) if file.suffix == ".safetensors" else load_plain(file)
-    found = dict(_states(content))
+    found = dict(_states(load_content(file)[0]))
     if not found or name not in (None, *found):
         raise UsageError(f"{path} holds no state_dict, a dict of names to tensors.")
     largest = found[name] if name else max(found.values(), key=len)
@@ -124,15 +156,19 @@ def unwrapped_state(path: Path, marks: Collection[str] = ()) -> dict[str, Tensor
     return state
 
 
-def _explained(found: Mapping[str, State], reasons: Mapping[str, str]) -> str:
+def _explained(found: Mapping[str, State], reasons: Mapping[str, _UnfitError]) -> str:
     """Say why nothing fits, of the largest state_dict."""
     largest = max(found, key=lambda name: len(found[name]))
     where = f"{reasons[largest]}" if not largest else f"({largest}) {reasons[largest]}"
+    if isinstance(reasons[largest], _AmbiguousError):
+        return f"{where}."
     return f"{where}: these are weights of another architecture (keys were tried {TRIED})."
 
 
 def _states(content: Any, name: str = "", depth: int = DEEP) -> Iterator[tuple[str, State]]:
     """Yield every state_dict in what a file held, by the keys that lead to it."""
+    if isinstance(content, list | tuple):
+        content = {str(number): part for number, part in enumerate(content[:MANY])}
     if not isinstance(content, Mapping):
         return
     named = {k: _tensor(v) for k, v in content.items() if isinstance(k, str)}
@@ -147,7 +183,9 @@ def _states(content: Any, name: str = "", depth: int = DEEP) -> Iterator[tuple[s
 def _tensor(value: Any) -> Tensor | None:
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
         return torch.from_numpy(value.copy())
-    return value if isinstance(value, Tensor) else None
+    if not isinstance(value, Tensor) or value.is_meta:
+        return None
+    return value.to_dense() if value.layout != torch.strided else value
 
 
 def fitted(module: nn.Module, state: State) -> State:
@@ -171,7 +209,8 @@ def fitted(module: nn.Module, state: State) -> State:
     if not found:
         raise _UnfitError(_difference(state, wanted, parameters))
     if len(found) > 1 and "" not in found:
-        raise _UnfitError(f"fits more than one way, by its parts {', '.join(found)}")
+        parts = ", ".join(part.rstrip(".") for part in found)
+        raise _AmbiguousError(f"fits more than one way; name a part as in FILE:NAME, of {parts}")
     first = next(iter(found.values()))
     _refuse_shapes(first, wanted)
     return {k: v for k, v in first.items() if k in wanted}
@@ -246,7 +285,7 @@ def about(network: nn.Module, **more: Any) -> dict[str, Any]:
 
 def read_about(path: Path) -> dict[str, Any]:
     """Return what a weight file says of itself; nothing of one that was made elsewhere."""
-    return load_safetensors(path)[1] if path.suffix == ".safetensors" else {}
+    return load_content(path)[1]
 
 
 def refuse_other(network: nn.Module, said: Mapping[str, Any], source: str) -> None:

@@ -317,3 +317,81 @@ def test_photos_come_out_alike_however_many_are_read(tmp_path):
     source = open_data("folder", root=tmp_path)
     whole = source.take().images
     assert torch.equal(source.read(torch.tensor([7, 2])).images, whole[[7, 2]])
+
+
+# What else lies in folders.
+
+
+def test_a_split_without_class_folders_beside_one_with_them_is_refused(tmp_path):
+    write_tree(tmp_path / "train")
+    (tmp_path / "val").mkdir()
+    shade(9).save(tmp_path / "val" / "ILSVRC2012_val_00000001.png")
+    with pytest.raises(UsageError, match=r"val holds no class folders; sort its photos into cat"):
+        load_data("folder", root=tmp_path)
+
+
+def test_a_folder_around_the_folder_is_refused_by_name(tmp_path):
+    write_tree(tmp_path / "data" / "train")
+    write_tree(tmp_path / "data" / "val")
+    with pytest.raises(UsageError, match=r"name .*data instead"):
+        load_data("folder", root=tmp_path)
+
+
+def test_a_link_back_is_not_followed(tmp_path):
+    write_tree(tmp_path, each=1)
+    (tmp_path / "cat" / "loop").symlink_to(tmp_path)
+    (tmp_path / "dog" / "self").symlink_to("self")
+    assert load_data("folder", root=tmp_path).labels.tolist() == [0, 1]
+
+
+def test_a_link_to_elsewhere_is_a_class(tmp_path):
+    root = write_tree(tmp_path / "a", each=1)
+    (root / "emu").symlink_to(write_tree(tmp_path / "b", ["photos"], each=2) / "photos")
+    assert load_data("folder", root=root).labels.tolist() == [0, 1, 2, 2]
+
+
+def test_an_accent_is_one_class_however_it_is_written(tmp_path):
+    names = {"train": "caf\u00e9", "val": "cafe\u0301"}
+    for split, name in names.items():
+        write_tree(tmp_path / split, [name, "dog"], each=1)
+    (tmp_path / "map.txt").write_text("dog\ncaf\u00e9\n", encoding="utf-8-sig")
+    assert open_data("folder", root=tmp_path).classes == ("caf\u00e9", "dog")
+    mapped = FolderSettings(class_map=str(tmp_path / "map.txt"))
+    assert load_data("folder", root=tmp_path, folder=mapped).labels.tolist() == [1, 0]
+
+
+def test_a_photo_that_only_a_plugin_reads_is_not_passed_over(tmp_path):
+    write_tree(tmp_path, each=1)
+    (tmp_path / "cat" / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(UsageError, match=r"phone.HEIC .* save it as JPEG or PNG"):
+        load_data("folder", root=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.jfif", "a.JPE", "a.pbm"])
+def test_rarer_names_of_photos_are_read(tmp_path, name):
+    write_tree(tmp_path, each=1)
+    form = {"gif": "GIF", "pbm": "PPM"}.get(name.split(".")[1], "JPEG")
+    shade(0).convert("1" if form == "PPM" else "L").save(tmp_path / "cat" / name, form)
+    assert load_data("folder", root=tmp_path).labels.tolist() == [0, 0, 1]
+
+
+def test_a_batch_of_bad_files_alone_is_filled_up(tmp_path):
+    write_tree(tmp_path, each=1)
+    for i in range(5):
+        (tmp_path / "cat" / f"bad {i}.png").write_bytes(b"")
+    found = load_data("folder", limit=2, root=tmp_path, folder=FolderSettings(skip_bad=True))
+    assert sorted(found.labels.tolist()) == [0, 1]
+
+
+@pytest.mark.parametrize("limit", [2.0, "2", np.int8(2)])
+def test_numbers_come_in_any_form(tmp_path, limit):
+    framing = Framing(crop=np.int64(4), channels=1.0, resize="4")
+    found = load_data("folder", limit=limit, root=write_tree(tmp_path),
+                      folder=FolderSettings(framing=framing, test_share=None))  # fmt: skip
+    assert found.images.shape == (2, 1, 4, 4)
+
+
+def test_a_file_is_no_data_folder(tmp_path):
+    shade(0).save(tmp_path / "a.png")
+    with pytest.raises(UsageError, match="is a file"):
+        load_data("folder", root=tmp_path / "a.png")

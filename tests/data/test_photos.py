@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -184,3 +186,20 @@ def test_a_decompression_bomb_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UsageError, match=r"a\.png is too large .* shrink it"):
         read_photo(file)
+
+
+def test_a_clear_level_of_sixteen_bits_shows_the_background(tmp_path):
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    values = np.where(RAMP > 0.5, RAMP * 65535, 7).astype(">u2")
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in values))
+    header = struct.pack(">IIBBBBB", 24, 16, 16, 0, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"tRNS", struct.pack(">H", 7)), chunk(b"IDAT", rows)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b""))
+    for background, level in (("white", 1.0), ("black", 0.0)):
+        found = read_photo(tmp_path / "a.png", Framing(channels=1, background=background))[0]
+        expected = torch.tensor(np.where(RAMP > 0.5, RAMP, level))
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)

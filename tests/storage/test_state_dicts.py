@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import pickle
 import zipfile
 from argparse import Namespace
@@ -16,6 +17,8 @@ from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
 from ebm_defense.errors import UsageError
 from ebm_defense.storage.files import load_safetensors, save_tensors
 from ebm_defense.storage.state_dicts import about, load_weights, read_about
+
+NOW = datetime.datetime(2020, 1, 2, tzinfo=datetime.UTC)
 
 
 class Net(nn.Module):
@@ -269,3 +272,82 @@ def test_weights_that_say_nothing_are_taken_as_they_are(tmp_path):
     save_tensors(file, energy("soft_lrelu").state_dict())
     assert read_about(file) == {}
     load_weights(energy("leaky_relu"), file)
+
+
+# Files as they come.
+
+
+def npz(path, state):
+    np.savez(path, **{name: value.numpy() for name, value in state.items()})
+    path.with_name(path.name + ".npz").rename(path)
+
+
+WRITERS = {
+    "safetensors under another suffix": ("w.pth", save_tensors),
+    "a pickle named safetensors": ("w.safetensors", lambda p, s: torch.save(s, p)),
+    "upper case": ("w.SAFETENSORS", save_tensors),
+    "npz": ("w.pth", npz),
+    "no suffix": ("weights", lambda p, s: torch.save(s, p)),
+    "the first of a tuple": ("w.pth", lambda p, s: torch.save((s, 3), p)),
+    "beside a date": ("w.pth", lambda p, s: torch.save({"model": s, "at": NOW}, p)),
+    "sparse": ("w.pth", lambda p, s: torch.save({k: v.to_sparse() for k, v in s.items()}, p)),
+}
+
+
+@pytest.mark.parametrize("how", WRITERS)
+def test_a_weight_file_is_read_by_what_it_is(tmp_path, how):
+    name, write = WRITERS[how]
+    wanted, found = nn.Linear(2, 3), nn.Linear(2, 3)
+    write(tmp_path / name, wanted.state_dict())
+    load_weights(found, tmp_path / name)
+    assert torch.equal(found.weight, wanted.weight)
+
+
+def zipped(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model.pth", b"")
+
+
+NO_WEIGHTS = {
+    "empty": (lambda p: p.write_bytes(b""), "it is empty"),
+    "a pointer": (
+        lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "Git LFS",
+    ),
+    "a page": (lambda p: p.write_text("<!DOCTYPE html>"), "web page"),
+    "an archive": (zipped, "take model.pth out"),
+    "a program": (lambda p: torch.jit.script(nn.Linear(2, 3)).save(str(p)), "TorchScript"),
+    "a folder": (lambda p: p.mkdir(), "is no file"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", NO_WEIGHTS)
+def test_what_holds_no_weights_is_told_by_what_it_is(tmp_path, what):
+    write, said = NO_WEIGHTS[what]
+    write(tmp_path / "w.pth")
+    with pytest.raises(UsageError, match=said):
+        load_weights(nn.Linear(2, 3), tmp_path / "w.pth")
+
+
+def test_a_normalisation_that_is_left_out_is_told(tmp_path, caplog):
+    net = nn.Linear(2, 3)
+    held = {f"module.1.{k}": v for k, v in net.state_dict().items()}
+    torch.save(held | {"module.0.mean": torch.ones(3)}, tmp_path / "w.pth")
+    load_weights(nn.Linear(2, 3), tmp_path / "w.pth")
+    assert "left out: module.0.mean; it normalises" in caplog.text
+    caplog.clear()
+    torch.save(held, tmp_path / "w.pth")
+    load_weights(nn.Linear(2, 3), tmp_path / "w.pth")
+    assert not caplog.text
+
+
+def test_one_of_several_parts_is_named(tmp_path):
+    first, second, found = nn.Linear(2, 3), nn.Linear(2, 3), nn.Linear(2, 3)
+    both = {"model": first.state_dict(), "ema": second.state_dict()}
+    held = {f"{part}.{k}": v for part, state in both.items() for k, v in state.items()}
+    torch.save({"state_dict": held}, tmp_path / "w.pth")
+    with pytest.raises(UsageError, match=r"as in FILE:NAME, of ema, model\.$"):
+        load_weights(found, tmp_path / "w.pth")
+    load_weights(found, tmp_path / "w.pth:ema")
+    assert torch.equal(found.weight, second.weight)
