@@ -62,6 +62,9 @@ COMMANDS: dict[str, Entry] = {
         "TrainDefense",
         "learn a whole defense against attacks on its input",
     ),
+    "train-diffusion": Entry(
+        "training.train_diffusion", "TrainDiffusion", "learn a diffusion model to purify with"
+    ),
     "train-advgan": Entry(
         "training.train_advgan", "TrainAdvgan", "train a generator of attacks, AdvGAN"
     ),

@@ -9,6 +9,7 @@ from ebm_defense.purifiers.baselines import (
     NoPurifier,
     TotalVariation,
 )
+from ebm_defense.purifiers.diffusion import DiffusionPurifier, LikelihoodPurifier
 from ebm_defense.purifiers.gebm import GEBMPurifier
 from ebm_defense.purifiers.hat import HatPurifier
 from ebm_defense.purifiers.langevin import LangevinPurifier
@@ -16,12 +17,14 @@ from ebm_defense.purifiers.latent import LatentPurifier
 
 __all__ = [
     "BitDepth",
+    "DiffusionPurifier",
     "GEBMPurifier",
     "GaussianNoise",
     "HatPurifier",
     "Jpeg",
     "LangevinPurifier",
     "LatentPurifier",
+    "LikelihoodPurifier",
     "MedianFilter",
     "NoPurifier",
     "Purifier",

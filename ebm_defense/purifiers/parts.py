@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from ebm_defense.denoisers.registry import DENOISERS
 from ebm_defense.energies.registry import ENERGIES, Network
 from ebm_defense.generators.registry import GENERATORS
 
-PARTS: dict[str, Network] = ENERGIES | GENERATORS
+PARTS: dict[str, Network] = ENERGIES | GENERATORS | DENOISERS
 """By the names of their classes; the first is what a folder that names none holds."""
 
 USUAL = next(iter(PARTS))

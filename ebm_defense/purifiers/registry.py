@@ -15,6 +15,7 @@ from ebm_defense.purifiers.baselines import (
     NoPurifier,
     TotalVariation,
 )
+from ebm_defense.purifiers.diffusion import DiffusionPurifier, LikelihoodPurifier
 from ebm_defense.purifiers.gebm import GEBMPurifier
 from ebm_defense.purifiers.hat import HatPurifier
 from ebm_defense.purifiers.langevin import LangevinPurifier
@@ -31,6 +32,8 @@ PURIFIERS: dict[str, type[Purifier]] = {
     "hat": HatPurifier,
     "gebm": GEBMPurifier,
     "latent": LatentPurifier,
+    "diffusion": DiffusionPurifier,
+    "likelihood": LikelihoodPurifier,
 }
 """By the names that commands and defense folders know."""
 

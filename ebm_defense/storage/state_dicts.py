@@ -280,7 +280,8 @@ def about(network: nn.Module, **more: Any) -> dict[str, Any]:
     """
     settings: Any = getattr(network, "settings", None)
     known = dict(vars(settings)) if dataclasses.is_dataclass(settings) else {}
-    return {"network": type(network).__name__, **known, **more}
+    listed = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}  # as JSON has it
+    return {"network": type(network).__name__, **listed, **more}
 
 
 def read_about(path: Path) -> dict[str, Any]:

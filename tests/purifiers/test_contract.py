@@ -10,6 +10,7 @@ from ebm_defense.attacks import PGD, ThreatModel
 from ebm_defense.attacks.gradients.registry import GRADIENTS
 from ebm_defense.classifiers import WideResNet, WideResNetSettings, normalized
 from ebm_defense.defense import PurifiedClassifier
+from ebm_defense.denoisers.unet import UNetDenoiser, UNetSettings
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
 from ebm_defense.errors import UsageError
 from ebm_defense.eval import evaluate
@@ -24,6 +25,7 @@ from ebm_defense.generators.networks import (
 )
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers.base import Purifier, SteppedPurifier
+from ebm_defense.purifiers.diffusion import DiffusionPurifier, LikelihoodPurifier
 from ebm_defense.purifiers.gebm import GEBMPurifier
 from ebm_defense.purifiers.hat import HatPurifier
 from ebm_defense.purifiers.langevin import LangevinPurifier
@@ -31,6 +33,12 @@ from ebm_defense.purifiers.latent import LatentPurifier
 from ebm_defense.purifiers.registry import PURIFIERS, baseline, baselines, caption
 from ebm_defense.storage.folders import read_settings, save_defense
 from ebm_defense.storage.weights import load_defense
+
+TINY = UNetSettings(
+    channels=1, out_channels=1, image_size=8, block_out_channels=(8, 8), layers_per_block=1,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_num_groups=4,
+)  # fmt: skip
 
 
 class Blur(Purifier):
@@ -87,6 +95,12 @@ def generator() -> tuple[nn.Module, nn.Module]:
     return ConvGenerator(shape), ConvEncoder(shape)
 
 
+def denoiser() -> nn.Module:
+    torch.manual_seed(0)
+    # As loaded ones are: torch's attention rounds otherwise where weights may learn.
+    return UNetDenoiser(TINY).requires_grad_(False)
+
+
 MAKE = {
     "none": lambda: baseline("none"),
     "gaussian": lambda: baseline("gaussian:0.1"),
@@ -98,6 +112,8 @@ MAKE = {
     "hat": lambda: HatPurifier(energy(), *generator(), 2, 0.05, 0.05, 0.01),
     "gebm": lambda: GEBMPurifier(energy(), *generator(), 2),
     "latent": lambda: LatentPurifier(LatentEnergy(LatentEnergySettings(size=3)), *generator(), 2),
+    "diffusion": lambda: DiffusionPurifier(denoiser(), 20, 3, guidance=0.5),
+    "likelihood": lambda: LikelihoodPurifier(denoiser(), 2),
     "blur": lambda: Blur(2),
     "pair": lambda: Pair(3),
 }

@@ -1,0 +1,11 @@
+"""Every denoiser that a defense folder may hold, by name."""
+
+from __future__ import annotations
+
+from ebm_defense.denoisers.unet import UNetDenoiser, UNetSettings
+from ebm_defense.energies.registry import Network
+
+DENOISERS: dict[str, Network] = {
+    "UNetDenoiser": Network(UNetSettings, UNetDenoiser),
+}
+"""By the names of their classes."""
