@@ -13,7 +13,7 @@ FORBIDDEN = {
     "attacks": ("eval", "commands"),
     "eval": ("commands",),
 }
-LAZY = {"foolbox": 1, "torchattacks": 1, "art": 1, "torchvision": 1}
+LAZY = {"foolbox": 1, "torchattacks": 1, "art": 1, "torchvision": 1, "diffusers": 1}
 
 
 def sources(room: str) -> list[Path]:

@@ -46,7 +46,7 @@ class RankAttacks:
     """A shipped defense or a folder."""
     purifier: str | None = None
     """Another purifier: a shipped name, a folder, none, gaussian:0.25, jpeg:75, bits:3, tv:0.1,
-    median:3 or package.module:factory."""
+    median:3, "diffusion:FOLDER(start=200, steps=20)" or package.module:factory."""
     data: str = "fashion-mnist-sample"
     """Data set."""
     data_root: Path | None = None

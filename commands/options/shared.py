@@ -12,6 +12,7 @@ import torch
 import tyro
 from torch import nn
 
+from ebm_defense.attacks.spec import parse
 from ebm_defense.commands.options.factories import factory
 from ebm_defense.errors import UsageError
 from ebm_defense.interface.numbers import real
@@ -79,7 +80,7 @@ def put_on(module: M, device: torch.device) -> M:
 
 def make_purifier(spec: str, steps: int | None = None, adjusted: bool | None = None) -> Purifier:
     """Make a purifier from a shipped name, a folder, a baseline ("jpeg:75"), the name of a purifier
-    of networks and its folder ("hat:FOLDER"), or module:factory.
+    of networks and its folder ("hat:FOLDER" or "diffusion:FOLDER(steps=20)"), or module:factory.
 
     A folder's chain takes `steps`, and a Metropolis test if `adjusted`, instead of its own; None
     keeps them.
@@ -88,15 +89,24 @@ def make_purifier(spec: str, steps: int | None = None, adjusted: bool | None = N
         UsageError: nothing of that name, a folder of another purifier, or no chain that could be
             adjusted.
     """
-    kind, colon, rest = spec.partition(":")
+    kind, colon, place = spec.partition(":")
     if names_folder(spec):
         return load_purifier(spec, steps=steps, adjusted=adjusted)
     if colon and kind in PURIFIERS and needs_networks(PURIFIERS[kind]):
-        refuse_another_purifier(rest, kind)
-        return load_purifier(rest, steps=steps, adjusted=adjusted)
+        return _of_networks(kind, place, steps=steps, adjusted=adjusted)
     if adjusted:
         raise UsageError(f"--adjusted is for the Langevin chain of a defense folder, not {spec}.")
     return as_purifier(factory(spec)()) if colon and kind not in PURIFIERS else baseline(spec)
+
+
+def _of_networks(kind: str, place: str, **chain: Any) -> Purifier:
+    """Make a purifier of the networks in a place, with the settings that stand behind it."""
+    named, settings = parse(place)
+    settings = {k: v for k, v in chain.items() if v is not None} | settings
+    if not names_folder(named):
+        return PURIFIERS[kind].opened(named, **settings)
+    refuse_another_purifier(named, kind)
+    return load_purifier(named, **settings)
 
 
 def refuse_another_purifier(folder: str, kind: str) -> None:

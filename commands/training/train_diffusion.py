@@ -189,7 +189,8 @@ class TrainDiffusion:
 
 def averaged(trainer: DiffusionTrainer) -> UNetDenoiser:
     """Return a copy of the running average, in evaluation mode."""
-    found: UNetDenoiser = deepcopy(trainer.averaged.module)
+    found = deepcopy(trainer.averaged.module)
+    assert isinstance(found, UNetDenoiser)
     return found.eval().requires_grad_(False)
 
 

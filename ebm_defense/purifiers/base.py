@@ -122,6 +122,21 @@ class Purifier(nn.Module):
         found = inspect.signature(cls).parameters
         return [name for name in cls.arguments() if found[name].default is inspect.Parameter.empty]
 
+    @classmethod
+    def opened(cls, place: str, **settings: Any) -> Purifier:
+        """Make one from what stands behind its name on a command line, as in diffusion:FOLDER.
+
+        Args:
+            place: a folder or file of networks.
+            **settings: its own, or of how to read them, where the defaults will not do.
+
+        Raises:
+            UsageError: nothing that it can be made of.
+        """
+        raise UsageError(
+            f"there is no defense {place!r}; a {cls.__name__} is read from a defense folder."
+        )
+
     @property
     def numbers(self) -> dict[str, Plain]:
         """Its settings, as plain values for TOML."""

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ebm_defense.denoisers.base import Denoiser, diffused
+from ebm_defense.denoisers.read import open_denoiser
 from ebm_defense.errors import UsageError
 from ebm_defense.interface.numbers import whole
 from ebm_defense.noise import Noise
-from ebm_defense.purifiers.base import Plain, SteppedPurifier
+from ebm_defense.purifiers.base import Plain, Purifier, SteppedPurifier
 from ebm_defense.purifiers.state import State
 
 X, GIVEN = "x", "given"
@@ -99,6 +100,15 @@ class DiffusionPurifier(SteppedPurifier):
             raise UsageError("guidance scales with DDPM's variance, so eta must be above 0.")
         self.denoiser, self.start, self.steps = denoiser, start, steps
         self.eta, self.guidance, self.clip = float(eta), float(guidance), bool(clip)
+
+    @classmethod
+    def opened(cls, place: str, **settings: Any) -> DiffusionPurifier:
+        """Read a diffusion model; see `open_denoiser`. Without settings it is DiffPure's, DDPM with
+        every step from a tenth of all levels.
+        """
+        denoiser, own = _opened(cls, place, settings)
+        start = own.pop("start", max(1, denoiser.levels // 10))
+        return cls(denoiser, start, own.pop("steps", start), **own)
 
     @classmethod
     def one_shot(cls, denoiser: Denoiser, sigma: float) -> DiffusionPurifier:
@@ -238,6 +248,12 @@ class LikelihoodPurifier(SteppedPurifier):
         self.step_size, self.radius = float(step_size), float(radius)
         self.momentum, self.low, self.high = float(momentum), float(low), float(high)
 
+    @classmethod
+    def opened(cls, place: str, **settings: Any) -> LikelihoodPurifier:
+        """Read a diffusion model; see `open_denoiser`."""
+        denoiser, own = _opened(cls, place, settings)
+        return cls(denoiser, **own)
+
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
         return shape_of(self.denoiser)
@@ -304,6 +320,14 @@ class LikelihoodPurifier(SteppedPurifier):
     def probe_vjp(self, images: Tensor, noise: Noise) -> None:
         x = self.enter(images)
         self.vjp_step(x, x, noise, 0)
+
+
+def _opened(
+    kind: type[Purifier], place: str, settings: dict[str, Any]
+) -> tuple[Denoiser, dict[str, Any]]:
+    """Return the denoiser, and those of the settings that are the purifier's own."""
+    own = {k: v for k, v in settings.items() if k in kind.arguments()}
+    return open_denoiser(place, **{k: v for k, v in settings.items() if k not in own}), own
 
 
 def shape_of(denoiser: Denoiser) -> tuple[int, int, int] | None:
