@@ -61,7 +61,7 @@ class ImageGenerator(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """Map latents `[b, latent]` to images `[b, C, H, W]` in [-1, 1]."""
         size = self.settings.image_size
-        x = F.silu(self.first(latents)).view(len(latents), -1, self.least, self.least)
+        x = F.silu(self.first(latents)).unflatten(1, (-1, self.least, self.least))
         for layer in self.layers:
             x = F.silu(layer(F.interpolate(x, scale_factor=2)))
         edge = (x.shape[-1] - size) // 2

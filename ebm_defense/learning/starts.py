@@ -152,11 +152,15 @@ class Cooperative(FromGenerator):
         (count,) = self.team.mean([len(batch)], batch.draws.device)
         if not count:
             return
-        self.optimiser.zero_grad(set_to_none=True)
-        apart = (self.generator(self._latents(batch)) - ends).square().flatten(1).mean(1)
-        # Divided by the team's mean count, since chains that began now may be unevenly shared out.
-        (apart.sum() / count).backward()
-        self.team.average(p.grad for p in self.generator.parameters() if p.grad is not None)
+        self.optimiser.zero_grad(set_to_none=False)
+        if len(batch):
+            apart = (self.generator(self._latents(batch)) - ends).square().flatten(1).mean(1)
+            # By the team's mean count, since chains that began now may be unevenly shared out.
+            (apart.sum() / count).backward()
+        parameters = list(self.generator.parameters())
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self.team.average(p.grad for p in parameters if p.grad is not None)
         self.optimiser.step()
 
     def state(self) -> State:
