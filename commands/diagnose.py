@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 import tyro
 
 from ebm_defense.attacks import PGD, ThreatModel
+from ebm_defense.commands.options.photos import Photos, wanted_by
 from ebm_defense.commands.options.shared import Device, Fraction, resolve_device
 from ebm_defense.data import customary_eps, load_data
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
@@ -32,7 +33,7 @@ from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers.langevin import LangevinPurifier
 from ebm_defense.storage.files import load_tensors, writable_folder, write_text
 from ebm_defense.storage.folders import ENERGY
-from ebm_defense.storage.state_dicts import load_weights
+from ebm_defense.storage.state_dicts import load_weights, read_about
 from ebm_defense.storage.weights import load_defense, load_energy, load_purifier
 
 SETTINGS, HISTORY, PAGE, FOUND = "settings.toml", "history.csv", "diagnosis.png", "diagnosis.toml"
@@ -75,6 +76,7 @@ class Diagnose:
     """Data set."""
     data_root: Path | None = None
     """Where the data set lies."""
+    photos: Photos = field(default_factory=Photos)
     images: int = 32
     """Chains from data, and as many from noise; a stratified sample of test images."""
     steps: int = 10_000
@@ -99,8 +101,9 @@ class Diagnose:
     def run(self) -> int:
         """Run the chains, judge, draw, print."""
         subject, device = self._subject(), resolve_device(self.device)
-        data = load_data(self.data, "test", self.images, root=self.data_root)
-        images, labels = data.images.to(device), data.labels.to(device)
+        wanted = wanted_by(LangevinPurifier(subject.energy))
+        source = self.photos.open(self.data, "test", self.data_root, wanted)
+        images, labels = (part.to(device) for part in source.take(self.images))
         out = writable_folder(self.out)
         settings = LangevinSettings(
             steps=self.steps,
@@ -173,7 +176,7 @@ def _trained(folder: Path) -> Subject:
     s: dict[str, Any] = tomllib.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     state = load_tensors(folder / ENERGY)
     try:
-        size = load_data(s["data"], "test", 1, root=s.get("data_root")).images.shape[-1]
+        size = read_about(folder / ENERGY).get("image_size") or _size_of(s)
         shape = ConvEnergySettings.of(state, str(folder / ENERGY), size, s["activation"])
         lived = round(s["langevin_steps"] / max(s["rejuvenation"], 1e-9))
         settings = LangevinSettings(step_size=s["step_size"], temperature=s["temperature"])
@@ -187,6 +190,11 @@ def _trained(folder: Path) -> Subject:
     history = folder / HISTORY
     curves = pd.read_csv(history) if history.is_file() else None
     return Subject(energy, settings, lived, noise, curves)
+
+
+def _size_of(s: dict[str, Any]) -> int:
+    """Return the size of the images that an energy learned whose file does not say it."""
+    return load_data(s["data"], "test", 1, root=s.get("data_root")).images.shape[-1]
 
 
 def _defended(name: str) -> Subject:

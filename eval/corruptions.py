@@ -92,11 +92,17 @@ def evaluate_corruptions(
         measured = partial(_measure, defense, make, draws=draws, seed=seed)
         if out is None:
             return _report(cells, measured, MemoryStore(), settings)
-        data, answers = {"images": images, "labels": labels}, behaviour(defense, images)
-        with RunFolder(out, settings, data, behaviour=answers).claimed() as folder:
+        folder = _folder(out, settings, defense, Images(images, labels))
+        with folder.claimed():
             report = _report(cells, measured, folder, settings)
             report.save(folder.path)
         return report
+
+
+def _folder(
+    out: str | Path, settings: dict[str, Any], defense: PurifiedClassifier, data: Images
+) -> RunFolder:
+    return RunFolder(out, settings, data._asdict(), behaviour=behaviour(defense, data.images))
 
 
 def _report(
@@ -158,16 +164,9 @@ def _measure(
         with torch.no_grad():
             undefended = logits_of(bare(images), images).argmax(-1) == labels
         right = defense.combine(logits).argmax(-1) == labels
-        parts.append(
-            pd.DataFrame(
-                {
-                    "corruption": cell[0],
-                    "severity": cell[1],
-                    "image": ids,
-                    "label": labels.tolist(),
-                    "defended": right.int().tolist(),
-                    "undefended": undefended.int().tolist(),
-                }
-            )
-        )
-    return pd.concat(parts, ignore_index=True)
+        judged = {"defended": right.int().tolist(), "undefended": undefended.int().tolist()}
+        parts.append(pd.DataFrame({"image": ids, "label": labels.tolist(), **judged}))
+    records = pd.concat(parts, ignore_index=True)
+    records.insert(0, "corruption", cell[0])
+    records.insert(1, "severity", cell[1])
+    return records

@@ -149,7 +149,10 @@ def _reported(job: Job, done: Done, store: MemoryStore | RunFolder, workers: Wor
     """Report what was found; the process that leads writes the end of a folder."""
     folder = store if isinstance(store, RunFolder) else None
     sanity_checks = _sanity_checks(job) if folder is None or workers.leads else None
-    report = report_of(done, store.settings, job.protocol, job.images, sanity_checks)
+    answers = None if folder is None else folder.behaviour
+    report = report_of(
+        done, store.settings, job.protocol, job.images, sanity_checks, answers=answers
+    )
     if folder is not None and sanity_checks is not None:
         save_sanity_checks(folder.path, sanity_checks)
         report.save(folder.path)

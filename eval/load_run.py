@@ -19,6 +19,7 @@ from ebm_defense.eval.storage.run_folder import (
     SUMS,
     Costs,
     Done,
+    kept_answers,
     read_records,
     read_toml,
     total,
@@ -49,6 +50,7 @@ def load_run(path: str | Path, *, name: str | None = None, kinds: Iterable[type]
         load_tensors(folder / DATA)["images"],
         load_sanity_checks(folder),
         name or folder.resolve().name,
+        kept_answers(folder),
     )
 
 

@@ -11,8 +11,8 @@ from ebm_defense.eval.judging.sanity_checks import load_sanity_checks, save_sani
 from ebm_defense.eval.protocols.protocol import restore_protocol
 from ebm_defense.eval.reporting.report import Report, report_of
 from ebm_defense.eval.running.runner import SHARD, gather
+from ebm_defense.eval.storage.behaviour import Answers, refuse_another
 from ebm_defense.eval.storage.run_folder import (
-    BEHAVIOUR,
     DATA,
     ENVIRONMENT,
     SETTINGS,
@@ -20,6 +20,7 @@ from ebm_defense.eval.storage.run_folder import (
     Done,
     RunFolder,
     differences,
+    kept_answers,
     load_shard,
     read_toml,
     shard_files,
@@ -43,12 +44,13 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> Report:
     settings = _agreed_settings(folders)
     shards = _each_once(folders, settings["data"]["images"])
     protocol = restore_protocol(settings["protocol"])
-    data, behaved = load_tensors(folders[0] / DATA), folders[0] / BEHAVIOUR
-    behaviour = load_tensors(behaved) if behaved.exists() else None
+    data, behaviour = load_tensors(folders[0] / DATA), _agreed_behaviour(folders)
     with RunFolder(out, settings, data, behaviour=behaviour).claimed() as whole:
         done = gather([_copy(folder, start, whole) for start, folder in shards.items()])
         sanity_checks = load_sanity_checks(folders[0])
-        report = report_of(done, settings, protocol, data["images"], sanity_checks)
+        report = report_of(
+            done, settings, protocol, data["images"], sanity_checks, answers=behaviour
+        )
         if sanity_checks is not None:
             save_sanity_checks(whole.path, sanity_checks)
         report.save(whole.path)
@@ -67,6 +69,15 @@ def _agreed_settings(folders: Sequence[Path]) -> dict[str, Any]:
                 f"{folder} and {folders[0]} are of different runs ({', '.join(differing)}); "
                 "merge parts of one run."
             )
+    return first
+
+
+def _agreed_behaviour(folders: Sequence[Path]) -> Answers | None:
+    """Return how the model of all parts answers, as far as they kept it."""
+    known = {folder: found for folder in folders if (found := kept_answers(folder)) is not None}
+    first = next(iter(known.values()), None)
+    for folder, found in known.items():
+        refuse_another(first or {}, found, folder)
     return first
 
 

@@ -21,6 +21,7 @@ from ebm_defense.eval.reporting.report import Report
 from ebm_defense.eval.reporting.verification import Verification
 from ebm_defense.eval.running.memory import chains_restored
 from ebm_defense.eval.running.runner import SHARD
+from ebm_defense.eval.storage.behaviour import another_part
 from ebm_defense.eval.storage.columns import (
     CLEAN,
     IMAGE,
@@ -34,6 +35,7 @@ from ebm_defense.eval.storage.settings import judge_settings
 from ebm_defense.interface.modes import evaluating
 from ebm_defense.interface.numbers import whole
 from ebm_defense.noise import derive_seed
+from ebm_defense.storage.fingerprint import fingerprint
 
 
 def reverify(
@@ -72,16 +74,21 @@ def reverify(
         enough = max(report.protocol.judge_replicates, predicted_draws(defense))
         draws = enough if replicates is None else whole(replicates, "replicates")
         refuse_few(defense, rule, draws)
+        who = _who(report, defense, labels.device)
         records, judge = _verified(report, defense, labels, draws, seed, rule)
-    same = judge["weights"] == report.settings["defense"]["weights"]
-    settings = {
-        "seed": seed,
-        "replicates": draws,
-        "rule": rule.name,
-        "judge": "the same weights" if same else "another defense",
-        **judge,
-    }
+    settings = {"seed": seed, "replicates": draws, "rule": rule.name, "judge": who, **judge}
     return Verification(settings=settings, records=records, attacks=_titles(report))
+
+
+def _who(report: Report, defense: PurifiedClassifier, device: torch.device) -> str:
+    """Return who judges: the run's own defense by its weights and its answers, or another one."""
+    if fingerprint(defense) != report.settings["defense"]["weights"]:
+        return "another defense"
+    if report.behaviour is None:
+        return "the same weights"
+    kept = report.behaviour._replace(images=report.behaviour.images.to(device))
+    part = another_part(kept, defense)
+    return f"the same weights, whose {part} answers differently" if part else "the same weights"
 
 
 def _rule(report: Report) -> Rule:

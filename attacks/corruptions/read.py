@@ -1,9 +1,9 @@
-"""Corrupted images in files: folders laid out as CIFAR-10-C and CIFAR-10-P are."""
+"""Corrupted images in files: folders laid out as CIFAR-10-C is."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +15,6 @@ from ebm_defense.errors import UsageError
 
 LABELS = "labels.npy"
 Array = np.ndarray[Any, Any]
-
-
-class Sequences(NamedTuple):
-    """Frames `[N, F, C, H, W]` in [0, 1] of N images that change little by little, and labels."""
-
-    frames: Tensor
-    labels: Tensor
 
 
 def corruptions_in(folder: str | Path) -> list[str]:
@@ -54,7 +47,7 @@ def read_corrupted(
     Raises:
         UsageError: a file that is missing, damaged or of another shape or type.
     """
-    pixels, labels = _open(folder, name, (3, 4))
+    pixels, labels = _open(folder, name)
     if severity not in SEVERITIES:
         raise UsageError(f"a severity is a whole number from 1 to 5, not {severity}.")
     count, rest = divmod(len(pixels), len(SEVERITIES))
@@ -68,35 +61,16 @@ def read_corrupted(
     return Images(_pixels(pixels[first + chosen]), torch.from_numpy(labels[chosen].astype("int64")))
 
 
-def read_sequences(folder: str | Path, name: str) -> Sequences:
-    """Read one perturbation from a folder like CIFAR-10-P.
-
-    Args:
-        folder: with `NAME.npy`, uint8 `[N, F, H, W, C]`, and `labels.npy`, `[N]`.
-        name: the perturbation.
-
-    Raises:
-        UsageError: a file that is missing, damaged or of another shape or type.
-    """
-    pixels, labels = _open(folder, name, (5,))
-    if len(labels) != len(pixels):
-        raise UsageError(f"{folder} holds {len(pixels)} sequences but {len(labels)} labels.")
-    flat = _pixels(pixels.reshape(-1, *pixels.shape[2:]))
-    frames = flat.unflatten(0, (len(pixels), -1))
-    return Sequences(frames, torch.from_numpy(labels.astype("int64")))
-
-
-def _open(folder: str | Path, name: str, dimensions: tuple[int, ...]) -> tuple[Array, Array]:
+def _open(folder: str | Path, name: str) -> tuple[Array, Array]:
     path = Path(folder).expanduser()
     names = corruptions_in(path)
     if name not in names:
         raise UsageError(f"{path} holds no {name}.npy; it holds {', '.join(names)}.")
     pixels, labels = _load(path / f"{name}.npy"), _load(path / LABELS)
-    if pixels.dtype != np.uint8 or pixels.ndim not in dimensions or labels.ndim != 1:
-        wanted = " or ".join(map(str, dimensions))
+    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or labels.ndim != 1:
         raise UsageError(
             f"{path / name}.npy holds {pixels.dtype} of shape {pixels.shape} and {LABELS} shape "
-            f"{labels.shape}; there must be uint8 images of {wanted} dimensions and plain labels."
+            f"{labels.shape}; there must be uint8 images of 3 or 4 dimensions and plain labels."
         )
     return pixels, labels
 

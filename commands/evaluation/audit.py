@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +10,9 @@ import tyro
 
 from ebm_defense.attacks import ThreatModel
 from ebm_defense.attacks.gradients.registry import fitting_gradient, make_gradient
+from ebm_defense.commands.options.photos import Photos, wanted_by
 from ebm_defense.commands.options.shared import Device, put_on, resolve_device
-from ebm_defense.data import dataset, load_data
+from ebm_defense.data import dataset
 from ebm_defense.eval.audit import AuditSettings, audit, verdicts
 from ebm_defense.eval.reporting.audit_page import audit_text, draw_audit
 from ebm_defense.storage.files import writable_folder, write_text
@@ -38,6 +39,7 @@ class AuditCommand:
     """Data set."""
     data_root: Path | None = None
     """Where the data set lies."""
+    photos: Photos = field(default_factory=Photos)
     split: str = "test"
     """train, val or test."""
     images: int = 50
@@ -82,9 +84,9 @@ class AuditCommand:
             seed=self.seed,
         )
         device = resolve_device(self.device)
-        data = load_data(self.data, self.split, self.images, root=self.data_root)
-        images, labels = data.images.to(device), data.labels.to(device)
         defense = put_on(load_defense(self.defense, seed=self.seed), device)
+        source = self.photos.open(self.data, self.split, self.data_root, wanted_by(defense))
+        images, labels = (part.to(device) for part in source.take(self.images))
         other = self.transfer_from and put_on(load_defense(self.transfer_from), device)
         chosen = self.gradient and make_gradient(self.gradient)
         gradient = chosen or fitting_gradient(defense, images)

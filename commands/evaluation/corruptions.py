@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +11,9 @@ import tyro
 
 from ebm_defense.attacks.corruptions.made import CORRUPTIONS, SEVERITIES
 from ebm_defense.attacks.corruptions.read import corruptions_in, read_corrupted
+from ebm_defense.commands.options.photos import Photos, Wanted, wanted_by
 from ebm_defense.commands.options.shared import Device, put_on, resolve_device
-from ebm_defense.data import Images, load_data, stratified_order
+from ebm_defense.data import Images, stratified_order
 from ebm_defense.eval.corruptions import Make, evaluate_corruptions
 from ebm_defense.eval.storage.settings import default_folder
 from ebm_defense.storage.files import writable_folder
@@ -33,6 +34,7 @@ class Corruptions:
     """Data set."""
     data_root: Path | None = None
     """Where the data set lies."""
+    photos: Photos = field(default_factory=Photos)
     split: str = "test"
     """train, val or test."""
     images: int = 40
@@ -62,7 +64,7 @@ class Corruptions:
         device = resolve_device(self.device)
         options = {"steps": self.langevin_steps, "max_chains": self.max_chains}
         defense = put_on(load_defense(self.defense, **options), device)
-        data, make = self._data(device)
+        data, make = self._data(device, wanted_by(defense))
         out = writable_folder(self.out or default_folder())
         report = evaluate_corruptions(
             defense,
@@ -83,10 +85,11 @@ class Corruptions:
         known = list(CORRUPTIONS) if self.folder is None else corruptions_in(self.folder)
         return list(self.corruption) or known
 
-    def _data(self, device: torch.device) -> tuple[Images, Make | None]:
+    def _data(self, device: torch.device, wanted: Wanted) -> tuple[Images, Make | None]:
         """Return the clean images, or the mildest of the files, and what reads the others."""
         if self.folder is None:
-            return load_data(self.data, self.split, self.images, root=self.data_root), None
+            source = self.photos.open(self.data, self.split, self.data_root, wanted)
+            return source.take(self.images), None
         folder, first = self.folder, self._names()[0]
         every = read_corrupted(folder, first, 1)
         rows = stratified_order(every.labels, 0)[: self.images]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +10,7 @@ import tyro
 
 from ebm_defense.attacks import ThreatModel
 from ebm_defense.attacks.norms import norm_name
+from ebm_defense.commands.options.photos import Photos, wanted_by
 from ebm_defense.commands.options.shared import (
     Device,
     Fraction,
@@ -18,7 +19,7 @@ from ebm_defense.commands.options.shared import (
     resolve_device,
     write_settings,
 )
-from ebm_defense.data import customary_eps, load_data
+from ebm_defense.data import customary_eps
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.ranking import Contest, Field, Outcome, compete, ranking
@@ -51,6 +52,7 @@ class RankAttacks:
     """Data set."""
     data_root: Path | None = None
     """Where the data set lies."""
+    photos: Photos = field(default_factory=Photos)
     split: str = "test"
     """train, val or test."""
     images: tuple[int, int, int] = (200, 64, 32)
@@ -81,9 +83,9 @@ class RankAttacks:
     def run(self) -> int:
         """Run, print a line as soon as it is there, and keep the table."""
         out, device = writable_folder(self.out), resolve_device(self.device)
-        data = load_data(self.data, self.split, max(self.images), root=self.data_root)
-        images, labels = data.images.to(device), data.labels.to(device)
         defense = put_on(self._defense(), device)
+        source = self.photos.open(self.data, self.split, self.data_root, wanted_by(defense))
+        images, labels = (part.to(device) for part in source.take(max(self.images)))
         contests = self._contests(self.gradient or fitting(defense, images))
         found: list[Outcome] = []
         for outcome in compete(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ebm_defense.attacks import CrossEntropy, make_gradient
 from ebm_defense.attacks.gradients.snr import Signal, eot_signal
+from ebm_defense.commands.options.photos import Photos, wanted_by
 from ebm_defense.commands.options.shared import Device, make_purifier, put_on, resolve_device
-from ebm_defense.data import load_data
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.eval.judging.check_model import check_model
 from ebm_defense.eval.reporting.renderers import RENDERERS
@@ -31,6 +31,7 @@ class SignalCommand:
     """Data set."""
     data_root: Path | None = None
     """Where the data set lies."""
+    photos: Photos = field(default_factory=Photos)
     split: str = "test"
     """train, val or test."""
     images: int = 8
@@ -57,9 +58,9 @@ class SignalCommand:
         """Measure and print the table."""
         gradient, loss = make_gradient(self.gradient), CrossEntropy(average=self.average)
         device = resolve_device(self.device)
-        data = load_data(self.data, self.split, self.images, root=self.data_root)
         defense = put_on(self._defense(), device)
-        images, labels = data.images.to(device), data.labels.to(device)
+        source = self.photos.open(self.data, self.split, self.data_root, wanted_by(defense))
+        images, labels = (part.to(device) for part in source.take(self.images))
         check_model(defense, images, labels)
         rows = eot_signal(
             defense,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 
 from ebm_defense.commands.evaluation.evaluate import COMMAND, Evaluate
@@ -17,6 +18,8 @@ from ebm_defense.eval.load_run import load_run
 from ebm_defense.eval.reporting.report import Report
 from ebm_defense.eval.reporting.verification import next_number
 from ebm_defense.eval.reverify import reverify
+from ebm_defense.eval.storage.behaviour import another_part
+from ebm_defense.interface.modes import evaluating
 from ebm_defense.runtime.packing import Packing
 from ebm_defense.storage.fingerprint import fingerprint
 from ebm_defense.storage.weights import load_defense
@@ -46,8 +49,10 @@ class Verify:
 
     def run(self) -> int:
         """Load, judge, keep, print."""
-        report = load_run(self.folder)
-        defense = put_on(self._defense(report), resolve_device(self.device))
+        report, device = load_run(self.folder), resolve_device(self.device)
+        defense = put_on(self._defense(report), device)
+        if self.defense is None:
+            _refuse_changed(report, defense, device)
         found = reverify(
             report,
             defense,
@@ -72,3 +77,17 @@ class Verify:
             )
         own.packing = Packing(self.max_chains)
         return own
+
+
+def _refuse_changed(report: Report, defense: PurifiedClassifier, device: torch.device) -> None:
+    """Refuse a run's own defense that answers otherwise than it did in the run."""
+    if report.behaviour is None:
+        return
+    kept = report.behaviour._replace(images=report.behaviour.images.to(device))
+    with evaluating(defense):
+        part = another_part(kept, defense)
+    if part is not None:
+        raise UsageError(
+            f"the {part} that {COMMAND} names answers differently now than in this run; name a "
+            "defense with --defense to judge the images by it."
+        )

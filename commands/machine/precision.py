@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
 
+from ebm_defense.commands.options.photos import Photos, wanted_by
 from ebm_defense.commands.options.shared import Device, put_on, resolve_device
-from ebm_defense.data import load_data
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.noise import chain_keys
@@ -35,6 +35,7 @@ class Precision:
     """Data set; the one that the defense was made for if not given."""
     data_root: Path | None = None
     """Where the data set lies."""
+    photos: Photos = field(default_factory=Photos)
     split: str = "val"
     """train, val or test."""
     images: int = 1000
@@ -48,9 +49,10 @@ class Precision:
         name = self.data or read_settings(find_folder(self.defense)).data
         if not name:
             raise UsageError(f"the defense {self.defense} names no data set; give --data.")
-        data = load_data(name, self.split, self.images, root=self.data_root)
         defense = put_on(load_defense(self.defense), device)
-        found = compare_precisions(defense, data.images.to(device), data.labels.to(device))
+        source = self.photos.open(name, self.split, self.data_root, wanted_by(defense))
+        images, labels = (part.to(device) for part in source.take(self.images))
+        found = compare_precisions(defense, images, labels)
         for what, (key, finding) in found.items():
             allowed = "taken" if finding.equivalent else "not taken"
             numbers = {k: v for k, v in asdict(finding).items() if k != "equivalent"}

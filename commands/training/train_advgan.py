@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,7 @@ from ebm_defense.attacks import ThreatModel
 from ebm_defense.attacks.external.advgan_training import AdvGANRecipe, AdvGANTrainer, Update
 from ebm_defense.attacks.gradients.registry import make_gradient
 from ebm_defense.attacks.norms import norm_name
+from ebm_defense.commands.options.photos import Photos, wanted_by
 from ebm_defense.commands.options.resume import CHECKPOINT, checkpoint_of
 from ebm_defense.commands.options.shared import (
     Device,
@@ -21,13 +22,13 @@ from ebm_defense.commands.options.shared import (
     resolve_device,
     write_settings,
 )
-from ebm_defense.data import customary_eps, load_data
+from ebm_defense.data import customary_eps
 from ebm_defense.defense import PurifiedClassifier, as_defense
 from ebm_defense.errors import UsageError
 from ebm_defense.storage.files import writable_folder, write_text
 from ebm_defense.storage.weights import load_defense
 
-FIXED = {"data", "split", "images", "defense", "against", "width", "seed"}
+FIXED = {"data", "photos", "split", "images", "defense", "against", "width", "seed"}
 """Options that a checkpoint holds the outcome of."""
 
 
@@ -53,6 +54,7 @@ class TrainAdvgan:
     """Data set whose training split is learned."""
     data_root: Path | None = None
     """Where the data set lies."""
+    photos: Photos = field(default_factory=Photos)
     split: str = "train"
     """train, val or test."""
     images: int | None = None
@@ -111,9 +113,9 @@ class TrainAdvgan:
         gradient = make_gradient(self.gradient)
         device, out = resolve_device(self.device), writable_folder(self.out)
         checkpoint = checkpoint_of(out, self, FIXED)
-        data = load_data(self.data, self.split, self.images, root=self.data_root)
         defense = put_on(self._defense(), device)
-        images, labels = data.images.to(device), data.labels.to(device)
+        source = self.photos.open(self.data, self.split, self.data_root, wanted_by(defense))
+        images, labels = (part.to(device) for part in source.take(self.images))
         trainer = AdvGANTrainer(defense, images, labels, threat, recipe, gradient)
         if checkpoint is not None:
             trainer.load(checkpoint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from ebm_defense.attacks.training import InputPerturbation
 from ebm_defense.classifiers import WideResNetSettings, normalized
+from ebm_defense.commands.options.photos import Photos
 from ebm_defense.commands.options.resume import CHECKPOINT, checkpoint_of
 from ebm_defense.commands.options.shared import Device, resolve_device, write_settings
-from ebm_defense.data import Images, dataset, load_data
+from ebm_defense.data import Images, Source, dataset
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, channels_last
 from ebm_defense.errors import UsageError
@@ -41,7 +42,7 @@ from ebm_defense.storage.weights import load_defense, load_energy, load_purifier
 
 UNDEFENDED = ":undefended"
 FIXED = {
-    "learn", "purifier", "classifier", "init", "data", "images", "width", "activation",
+    "learn", "purifier", "classifier", "init", "data", "photos", "images", "width", "activation",
     "langevin_steps", "augment", "augment_images", "teacher", "agreement", "seed",
 }  # fmt: skip
 """Options that a checkpoint holds the outcome of."""
@@ -88,6 +89,7 @@ class TrainDefense:
     """Data set whose training split is learned."""
     data_root: Path | None = None
     """Where the data set lies."""
+    photos: Photos = field(default_factory=Photos)
     images: int | None = None
     """Learn from a stratified sample of this many images; all if not given."""
     validation_images: int = 500
@@ -223,7 +225,7 @@ class TrainDefense:
         return 0
 
     def _trainer(self, recipe: DefenseRecipe, device: torch.device) -> DefenseTrainer:
-        train = load_data(self.data, "train", self.images, root=self.data_root)
+        train = self._open("train").take(self.images)
         purifier = self._purifier(train).to(device)
         return DefenseTrainer(
             purifier,
@@ -237,10 +239,12 @@ class TrainDefense:
         )
 
     def _validation(self) -> Images:
-        everything = load_data(self.data, "val", root=self.data_root)
-        if len(everything.labels) <= self.validation_images:
-            return everything
-        return load_data(self.data, "val", self.validation_images, root=self.data_root)
+        everything = self._open("val")
+        few = len(everything.labels) <= self.validation_images
+        return everything.take(None if few else self.validation_images)
+
+    def _open(self, split: str) -> Source:
+        return self.photos.open(self.data, split, self.data_root)
 
     def _batches(self, train: Images) -> Batches:
         return Batches(

@@ -23,6 +23,7 @@ from ebm_defense.eval.reporting.renderers import Printable
 from ebm_defense.eval.reporting.report_lines import columns_of, lines_of, numbers_of
 from ebm_defense.eval.reporting.results import Results
 from ebm_defense.eval.reporting.table import Table
+from ebm_defense.eval.storage.behaviour import IMAGES, Answers, Behaviour
 from ebm_defense.eval.storage.columns import IMAGE, WORST_OF_ALL
 from ebm_defense.eval.storage.run_folder import Done
 from ebm_defense.storage.files import writable_folder, write_text
@@ -91,6 +92,7 @@ def report_of(
     images: Tensor,
     sanity_checks: SanityChecks | None,
     name: str = "defended",
+    answers: Answers | None = None,
 ) -> Report:
     """Return the report of finished shards, on some or all of the run's `images`.
 
@@ -112,4 +114,5 @@ def report_of(
         chain_steps=done.costs["steps"],
         seconds=done.costs["seconds"],
         name=name,
+        behaviour=None if answers is None else Behaviour(answers, images[:IMAGES].cpu()),
     )

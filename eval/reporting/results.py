@@ -15,6 +15,7 @@ from ebm_defense.eval.judging.statistics import Share, mean_share, refuse_unknow
 from ebm_defense.eval.protocols.protocol import Protocol
 from ebm_defense.eval.reporting.captions import attack_title
 from ebm_defense.eval.reporting.flags.evidence import Flag
+from ebm_defense.eval.storage.behaviour import Behaviour
 from ebm_defense.eval.storage.columns import (
     CLEAN,
     NATURAL,
@@ -41,6 +42,7 @@ class Results:
         chain_steps, seconds: cost by phase, of all processes together.
         name: stands for the defense in comparisons.
         interval: of every number: a name in `INTERVALS`, or "bootstrap".
+        behaviour: how the run's model answers; None where nobody kept it.
     """
 
     settings: dict[str, Any]
@@ -53,6 +55,7 @@ class Results:
     seconds: dict[str, float] = field(default_factory=dict)
     name: str = "defended"
     interval: str = "wilson"
+    behaviour: Behaviour | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         refuse_unknown(self.interval)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,13 @@ WOBBLE = "wobble "
 
 Answers = dict[str, Tensor]
 Ask = Callable[[Tensor], Tensor]
+
+
+class Behaviour(NamedTuple):
+    """The answers that a run keeps, and the images that were asked about, `[n, C, H, W]`."""
+
+    answers: Answers
+    images: Tensor
 
 
 def behaviour(
@@ -85,6 +93,18 @@ def refuse_another(kept: Answers, found: Answers, where: object) -> None:
                 f"the {name} at hand answers differently; name another folder, or go on with the "
                 "model that began it."
             )
+
+
+def another_part(kept: Behaviour, defense: PurifiedClassifier) -> str | None:
+    """Return the first part of a defense that answers otherwise than the run's; None if none does.
+
+    Args:
+        kept: of the run; the models that its attacks carry do not count.
+        defense: at hand, on the device of the images.
+    """
+    found = behaviour(defense, kept.images)
+    parts = (name for name in found if not name.startswith(WOBBLE))
+    return next((name for name in parts if not _agree(kept.answers, found, name)), None)
 
 
 def _agree(kept: Answers, found: Answers, name: str) -> bool:

@@ -219,6 +219,12 @@ def refuse_foreign(path: Path) -> None:
         raise UsageError(f"{path} is not empty and holds no run of ours; name another folder.")
 
 
+def kept_answers(folder: Path) -> Answers | None:
+    """Return how the model of a run answers; None where nobody kept it."""
+    file = folder / BEHAVIOUR
+    return load_tensors(file) if file.exists() else None
+
+
 def shard_files(folder: Path, start: int) -> tuple[Path, Path, Path, Path]:
     """Return the files of one shard: records, adversarial images, costs, and the hashes of them."""
     names = [f"{start:06d}.{suffix}" for suffix in ("csv", "safetensors", "toml", "sha256")]

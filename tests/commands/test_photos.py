@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import fields, is_dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ebm_defense.commands.main import COMMANDS
 from ebm_defense.commands.options.factories import factory, make_module, scaled_classifier
 from ebm_defense.commands.options.photos import Photos, Wanted, wanted_by
 from ebm_defense.energies.conv import ConvEnergy
@@ -18,6 +21,8 @@ from ebm_defense.networks import ZooWideResNet, ZooWideResNetSettings
 from ebm_defense.purifiers.registry import baseline
 from ebm_defense.storage.weights import load_defense
 
+NO_PHOTOS = ("Assemble", "Bench", "Doctor")
+"""They read no images."""
 QUICK = ("--images", 4, "--steps", 1, "--replicates", 1, "--judge-replicates", 2)
 
 
@@ -46,6 +51,47 @@ def test_a_grey_defense_evaluates_a_folder_of_photos(run, tiny_defense, tmp_path
     assert run("evaluate", "--config", out / "command.toml", "--out", again)[0] == 0
     one, other = ((f / "records.csv").read_bytes() for f in (out, again))
     assert one == other
+
+
+OTHERS = {
+    "corruptions": ("--corruption", "fog", "--severity", 1),
+    "signal": ("--replicates", 1),
+    "rank-attacks": ("--only", "magic"),
+    "audit": (),
+    "train-advgan": ("--updates", 1, "--batch", 2, "--width", 4),
+}
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_commands_that_read_data_read_folders_alike(run, tiny_defense, tmp_path, command) -> None:
+    root = write_tree(tmp_path / "tree", each=1)
+    defense = (tiny_defense,) if command == "audit" else ("--defense", tiny_defense)
+    where = ("--data", "folder", "--data-root", root, "--crop", 9)
+    out = () if command == "signal" else ("--out", tmp_path / "out")
+    status, _, err = run(command, *defense, *where, *OTHERS[command], *out)
+    assert status == 2
+    assert "give --crop 8, not 9" in err  # what the folder's options, and no others, say
+
+
+def test_corruptions_of_a_folder_of_photos(run, tiny_defense, tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "tree", each=1)
+    words = ("--data", "folder", "--data-root", root, "--crop", 8, "--images", 4)
+    status, printed, _ = run(
+        "corruptions", "--defense", tiny_defense, *words, *OTHERS["corruptions"],
+        "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert status == 0
+    assert "fog" in printed
+
+
+def test_every_command_that_names_a_data_set_takes_the_options_of_folders() -> None:
+    for entry in COMMANDS.values():
+        command = getattr(import_module(f"ebm_defense.commands.{entry.module}"), entry.cls)
+        if not is_dataclass(command):
+            continue
+        names = {field.name: field.type for field in fields(command)}
+        if "data_root" in names and command.__name__ not in NO_PHOTOS:
+            assert names.get("photos") == "Photos", command
 
 
 def test_photo_options_of_another_data_set_are_refused(run, tiny_defense) -> None:

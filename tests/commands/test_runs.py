@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -82,6 +83,29 @@ def test_a_page_is_written(run, finished, tiny_defense) -> None:
     again = ("--defense", tiny_defense, "--out", finished / "again.html", "--name", "mine")
     assert run("report", finished, *again)[0] == 0
     assert "mine" in (finished / "again.html").read_text(encoding="utf-8")
+
+
+def test_a_run_s_own_defense_that_answers_differently_is_not_its_judge(run, tmp_path) -> None:
+    code = tmp_path / "odd_model.py"
+    code.write_text(
+        "from torch import nn\n"
+        "class Odd(nn.Module):\n"
+        "    def forward(self, x): return x.flatten(1)[:, :10] * FACTOR\n"
+        "FACTOR = 1.0\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        odd = ("--classifier", "odd_model:Odd", "--purifier", "jpeg:75", "--data", "digits")
+        small = ("--images", 2, "--steps", 1, "--replicates", 1, "--judge-replicates", 16)
+        assert run("evaluate", *odd, *small, "--out", tmp_path / "run")[0] == 0
+        assert run("verify", tmp_path / "run")[0] == 0
+        sys.modules["odd_model"].FACTOR = -1.0
+        status, _, err = run("verify", tmp_path / "run")
+    finally:
+        sys.path.remove(str(tmp_path))
+        sys.modules.pop("odd_model", None)
+    assert status == 2
+    assert "the classifier that command.toml names answers differently" in err
 
 
 def test_a_shard_that_leaves_no_images_is_refused(run, tiny_defense, tmp_path) -> None:

@@ -11,6 +11,10 @@ from torch.nn import functional as F
 from ebm_defense import LangevinPurifier, PurifiedClassifier, UsageError
 from ebm_defense.attacks import PGD, ThreatModel, Transfer
 from ebm_defense.eval import evaluate
+from ebm_defense.eval.load_run import load_run
+from ebm_defense.eval.merge import merge
+from ebm_defense.eval.reverify import reverify
+from ebm_defense.eval.running.workers import Workers
 from ebm_defense.eval.storage.run_folder import BEHAVIOUR
 from ebm_defense.purifiers import SteppedPurifier
 
@@ -151,6 +155,25 @@ def test_a_model_that_differs_is_refused(tmp_path, way):
 def test_the_same_model_made_again_goes_on(tmp_path, way):
     first = run(WAYS[way](False), tmp_path / "run")
     assert run(WAYS[way](False), tmp_path / "run").equals(first)
+
+
+@pytest.mark.parametrize("way", ["a function's closure", "a foreign purifier"])
+def test_a_verification_says_whether_the_run_s_own_model_judges(tmp_path, way):
+    run(WAYS[way](False), tmp_path / "run")
+    report = load_run(tmp_path / "run")
+    assert reverify(report, WAYS[way](False)).settings["judge"] == "the same weights"
+    other = reverify(report, WAYS[way](True))
+    assert "answers differently" in other.settings["judge"]
+    assert "answers differently" in other.to_text()
+
+
+def test_parts_of_two_models_are_not_merged(tmp_path):
+    images, labels = data(64)
+    for part, weight in ((1, 1.0), (2, 3.0)):
+        evaluate(function(weight), images, labels, attacks=[ATTACK], judge_replicates=2,
+                 out=tmp_path / str(part), workers=Workers(part=part, parts=2))  # fmt: skip
+    with pytest.raises(UsageError, match="holds a run of another model"):
+        merge([tmp_path / "1", tmp_path / "2"], tmp_path / "whole")
 
 
 def test_another_model_that_an_attack_was_made_on_is_refused(tmp_path):

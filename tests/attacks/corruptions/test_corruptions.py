@@ -11,7 +11,7 @@ import torch
 
 from ebm_defense import UsageError
 from ebm_defense.attacks.corruptions.made import CORRUPTIONS, SEVERITIES, corrupt
-from ebm_defense.attacks.corruptions.read import corruptions_in, read_corrupted, read_sequences
+from ebm_defense.attacks.corruptions.read import corruptions_in, read_corrupted
 
 # As published these trade one kind of change for another between some severities.
 UNEVEN = ("elastic_transform", "frost", "glass_blur")
@@ -166,18 +166,6 @@ def test_labels_may_be_given_once(tmp_path) -> None:
     assert read_corrupted(tmp_path / "c", "fog", 5).labels.tolist() == [0, 1, 2, 3]
 
 
-def test_files_like_cifar_10_p_are_read_back(tmp_path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 7, 8, 8, 3), dtype=np.uint8)
-    np.save(tmp_path / "tilt.npy", pixels)
-    np.save(tmp_path / "labels.npy", np.arange(3))
-    frames, labels = read_sequences(tmp_path, "tilt")
-    assert frames.shape == (3, 7, 3, 8, 8)
-    assert np.array_equal((frames * 255).round().byte().permute(0, 1, 3, 4, 2).numpy(), pixels)
-    assert labels.tolist() == [0, 1, 2]
-    with pytest.raises(UsageError, match="3 or 4 dimensions"):
-        read_corrupted(tmp_path, "tilt", 1)
-
-
 def test_files_that_are_not_what_they_must_be(tmp_path) -> None:
     with pytest.raises(UsageError, match="no folder of corruptions"):
         corruptions_in(tmp_path)
@@ -190,6 +178,9 @@ def test_files_that_are_not_what_they_must_be(tmp_path) -> None:
     np.save(folder / "rest.npy", np.zeros((19, 8, 8, 3), dtype=np.uint8))
     with pytest.raises(UsageError, match="five severities"):
         read_corrupted(folder, "rest", 1)
+    np.save(folder / "films.npy", np.zeros((20, 7, 8, 8, 3), dtype=np.uint8))
+    with pytest.raises(UsageError, match="3 or 4 dimensions"):
+        read_corrupted(folder, "films", 1)
     np.save(folder / "floats.npy", np.zeros((20, 8, 8, 3)))
     with pytest.raises(UsageError, match="uint8"):
         read_corrupted(folder, "floats", 1)
