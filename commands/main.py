@@ -65,6 +65,11 @@ COMMANDS: dict[str, Entry] = {
     "train-diffusion": Entry(
         "training.train_diffusion", "TrainDiffusion", "learn a diffusion model to purify with"
     ),
+    "train-latent": Entry(
+        "training.train_latent",
+        "TrainLatent",
+        "learn a generator, its encoder and an energy to purify with",
+    ),
     "train-advgan": Entry(
         "training.train_advgan", "TrainAdvgan", "train a generator of attacks, AdvGAN"
     ),

@@ -234,14 +234,18 @@ class LatentEnergy(nn.Module):
     """U(z) beside the base N(0, I): the prior is p(z) ∝ exp(−U(z))·N(z; 0, I) (Pang et al. 2020).
 
     It is a sum of stages, each of them dense layers; what is learned at once has one, and
-    noise-contrastive estimation in stages (Xiao, Han 2022) learns one after the other.
+    noise-contrastive estimation in stages (Xiao, Han 2022) learns one after the other. A fresh
+    stage is 0.
     """
 
     def __init__(self, settings: LatentEnergySettings | None = None) -> None:
         super().__init__()
         self.settings = s = settings or LatentEnergySettings()
         widths = (s.size, s.hidden, s.hidden, 1)
-        self.stages = nn.ModuleList(dense(widths, s.activation) for _ in range(s.stages))
+        stages = [dense(widths, s.activation) for _ in range(s.stages)]
+        for weight in (w for stage in stages for w in stage[-1].parameters()):
+            nn.init.zeros_(weight)
+        self.stages = nn.ModuleList(stages)
 
     def forward(self, z: Tensor) -> Tensor:
         """Map z `[N, size]` to energies `[N]`."""

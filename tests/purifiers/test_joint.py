@@ -241,6 +241,8 @@ def networks(upper: int = 0):
             ConvEnergySettings(channels=1, image_size=8, width=2, activation="silu")
         )
         prior = LatentEnergy(LatentEnergySettings(size=shape.size, hidden=8, stages=2))
+        for weight in prior.parameters():  # fresh it is 0
+            torch.nn.init.normal_(weight, std=0.5)
         made = energy, prior, ConvGenerator(shape), ConvEncoder(shape)
         for weight in (w for network in made for w in network.parameters()):
             weight.data *= 2  # fresh networks hardly depend on their input

@@ -1,0 +1,1 @@
+"""Learns generators, what infers their latents, and energies, together or one after another."""
