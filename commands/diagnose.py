@@ -16,8 +16,8 @@ import tyro
 from ebm_defense.attacks import PGD, ThreatModel
 from ebm_defense.commands.options.photos import Photos, wanted_by
 from ebm_defense.commands.options.shared import Device, Fraction, resolve_device
-from ebm_defense.data import customary_eps, load_data
-from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
+from ebm_defense.data import customary_eps
+from ebm_defense.energies.registry import ENERGIES
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.purification_curve import Point, purification_curve, recommend
 from ebm_defense.eval.reporting.figures.diagnosis import draw_diagnosis
@@ -31,11 +31,11 @@ from ebm_defense.learning.convergence import (
 )
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers.langevin import LangevinPurifier
-from ebm_defense.storage.files import load_tensors, writable_folder, write_text
+from ebm_defense.storage.files import writable_folder, write_text
 from ebm_defense.storage.folders import ENERGY
-from ebm_defense.storage.state_dicts import load_weights, read_about
-from ebm_defense.storage.weights import load_defense, load_energy, load_purifier
+from ebm_defense.storage.weights import load_defense, load_energy, load_purifier, network_of
 
+PERSISTENT, BURN_IN = "persistent", "burn-in"
 SETTINGS, HISTORY, PAGE, FOUND = "settings.toml", "history.csv", "diagnosis.png", "diagnosis.toml"
 
 
@@ -174,27 +174,29 @@ class Diagnose:
 def _trained(folder: Path) -> Subject:
     """Read what train-ebm wrote."""
     s: dict[str, Any] = tomllib.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    state = load_tensors(folder / ENERGY)
     try:
-        size = read_about(folder / ENERGY).get("image_size") or _size_of(s)
-        shape = ConvEnergySettings.of(state, str(folder / ENERGY), size, s["activation"])
-        lived = round(s["langevin_steps"] / max(s["rejuvenation"], 1e-9))
+        lived = _lived(s)
         settings = LangevinSettings(step_size=s["step_size"], temperature=s["temperature"])
         noise = s["data_noise"]
     except KeyError as error:
         raise UsageError(
             f"{folder / SETTINGS} lacks {error}; name a folder that train-ebm wrote, or a defense."
         ) from error
-    energy = ConvEnergy(shape).requires_grad_(False)
-    load_weights(energy, folder / ENERGY)
+    energy = network_of(folder / ENERGY, ENERGIES).requires_grad_(False)
     history = folder / HISTORY
     curves = pd.read_csv(history) if history.is_file() else None
     return Subject(energy, settings, lived, noise, curves)
 
 
-def _size_of(s: dict[str, Any]) -> int:
-    """Return the size of the images that an energy learned whose file does not say it."""
-    return load_data(s["data"], "test", 1, root=s.get("data_root")).images.shape[-1]
+def _lived(s: dict[str, Any]) -> int:
+    """Return how long a chain lived in learning: of one that was never renewed, all its visits."""
+    start, steps = s.get("start", PERSISTENT), int(s["langevin_steps"])
+    if start == BURN_IN:
+        return 2 * steps * int(s["burn_in_visits"])
+    if start != PERSISTENT:
+        return steps
+    visits = s["updates"] * s["batch"] / s["bank"]
+    return round(steps * min(1.0 / max(s["rejuvenation"], 1e-9), max(visits, 1.0)))
 
 
 def _defended(name: str) -> Subject:

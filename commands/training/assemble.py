@@ -12,12 +12,16 @@ from ebm_defense.classifiers import WideResNet, WideResNetSettings, normalized
 from ebm_defense.commands.options.shared import make_purifier
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
+from ebm_defense.energies.registry import ENERGIES
 from ebm_defense.errors import UsageError
 from ebm_defense.purifiers.base import Purifier
 from ebm_defense.purifiers.langevin import LangevinPurifier
 from ebm_defense.storage.files import load_tensors
 from ebm_defense.storage.folders import save_defense
 from ebm_defense.storage.state_dicts import load_weights, read_about
+from ebm_defense.storage.weights import network_of
+
+CONV = "ConvEnergy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +81,28 @@ class Assemble:
         if self.purifier is not None:
             return make_purifier(self.purifier)
         assert self.energy is not None
-        energy = ConvEnergy(self._shape(self.energy))
-        load_weights(energy, self.energy)
         return LangevinPurifier(
-            energy, self.steps, self.step_size, self.temperature, adjusted=self.adjusted
+            self._network(self.energy),
+            self.steps,
+            self.step_size,
+            self.temperature,
+            adjusted=self.adjusted,
         )
+
+    def _network(self, path: Path) -> nn.Module:
+        """Return the energy that the weights say they are of, a conv energy if they do not."""
+        said = str(read_about(path).get("network", CONV))
+        if said not in ENERGIES:
+            raise UsageError(f"{path} holds weights of a {said}, not of an energy.")
+        if said != CONV:
+            return network_of(path, ENERGIES)
+        energy = ConvEnergy(self._shape(path))
+        load_weights(energy, path)
+        return energy
 
     def _shape(self, path: Path) -> ConvEnergySettings:
         """Return the energy's shape as its weights tell it; what they do not is asked for."""
         said = read_about(path)
-        if said.get("network", "ConvEnergy") != "ConvEnergy":
-            raise UsageError(f"{path} holds weights of a {said['network']}, not of an energy.")
         given: dict[str, Any] = {"image_size": self.image_size, "activation": self.activation}
         for name, value in given.items():
             if value is None and name not in said:

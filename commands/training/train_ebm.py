@@ -19,19 +19,22 @@ from ebm_defense.commands.options.photos import Photos
 from ebm_defense.commands.options.resume import CHECKPOINT, checkpoint_of
 from ebm_defense.commands.options.shared import Device, resolve_device, write_settings
 from ebm_defense.energies.conv import ConvEnergySettings, channels_last
+from ebm_defense.energies.over_prior import over
 from ebm_defense.energies.registry import ENERGIES
 from ebm_defense.energies.residual import ResidualEnergySettings
 from ebm_defense.errors import UsageError
+from ebm_defense.generators.networks import ConvGenerator, ConvSettings
+from ebm_defense.generators.registry import GENERATORS
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.learning.diagnostics import draw_curves, long_chains, save_grid
 from ebm_defense.learning.energy import EnergyTrainer
 from ebm_defense.learning.energy_recipe import EnergyRecipe
-from ebm_defense.learning.generator import GeneratorSettings, ImageGenerator
 from ebm_defense.learning.parallel import Team
 from ebm_defense.learning.recipes import recipe_file
 from ebm_defense.storage.files import save_tensors, writable_folder, write_text
 from ebm_defense.storage.folders import ENERGY
 from ebm_defense.storage.state_dicts import about, load_weights
+from ebm_defense.storage.weights import network_of
 
 _log = logging.getLogger("ebm_defense.learning")
 
@@ -41,7 +44,8 @@ APART = 2.0
 PICTURED = 16
 
 FIXED = {
-    "data", "photos", "images", "network", "width", "activation", "init", "objective", "start",
+    "data", "photos", "images", "network", "width", "activation", "init", "prior",
+    "prior_temperature", "prior_spread", "objective", "start",
     "fresh", "bank", "batch", "burn_in", "generator", "seed",
 }  # fmt: skip
 """Options that a checkpoint holds the outcome of."""
@@ -82,6 +86,13 @@ class TrainEbm:
     """leaky_relu, relu, soft_lrelu, soft_lrelu:WIDTH, silu or softplus."""
     init: Path | None = None
     """Weights of the same width to begin from, as .safetensors."""
+    prior: Path | None = None
+    """energy.safetensors of an energy that lies beneath the one that is learned, and stays as it
+    is; what is written is both."""
+    prior_temperature: float | None = None
+    """The temperature at which chains feel the prior; as --temperature if not given."""
+    prior_spread: float | None = None
+    """τ of a term ‖x‖²/(2τ²) beneath, in [-1, 1] units; none if not given."""
     updates: int = 10_000
     """Weight updates in all."""
     objective: str = "likelihood"
@@ -221,20 +232,27 @@ class TrainEbm:
         energy = _untrained(partial(ENERGIES[name].make, settings), self.seed)
         if self.init is not None:
             load_weights(energy, self.init)
-        return channels_last(energy)
+        return channels_last(self._over_prior(energy))
+
+    def _over_prior(self, energy: nn.Module) -> nn.Module:
+        if self.prior is None and self.prior_spread is None:
+            return energy
+        prior = None if self.prior is None else network_of(self.prior, ENERGIES)
+        weight = self.temperature / (self.prior_temperature or self.temperature)
+        pull = 0.0 if self.prior_spread is None else self.temperature / self.prior_spread**2
+        return over(energy, prior, weight=weight, pull=pull)
 
     def _generator(self, images: torch.Tensor, device: torch.device) -> nn.Module | None:
         if not {self.start, self.fresh} & {"generator", "cooperative"}:
             return None
-        settings = GeneratorSettings(channels=images.shape[1], image_size=images.shape[-1])
-        generator = _untrained(partial(ImageGenerator, settings), self.seed)
         if self.generator is not None:
-            load_weights(generator, self.generator)
-        elif "generator" in (self.start, self.fresh):
+            return network_of(self.generator, GENERATORS).to(device)
+        if "generator" in (self.start, self.fresh):
             raise UsageError(
                 "start generator needs --generator FILE, which start cooperative learns and writes."
             )
-        return generator.to(device)
+        settings = ConvSettings(latent=64, channels=images.shape[1], image_size=images.shape[-1])
+        return _untrained(partial(ConvGenerator, settings), self.seed).to(device)
 
     def _learn(self, trainer: EnergyTrainer, out: Path) -> None:
         leads = trainer.team.leads

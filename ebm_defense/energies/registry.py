@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
+from ebm_defense.energies.over_prior import OverPrior, OverPriorSettings
 from ebm_defense.energies.residual import ResidualEnergy, ResidualEnergySettings
 
 
@@ -20,5 +21,6 @@ class Network(NamedTuple):
 ENERGIES: dict[str, Network] = {
     "ConvEnergy": Network(ConvEnergySettings, ConvEnergy),
     "ResidualEnergy": Network(ResidualEnergySettings, ResidualEnergy),
+    "OverPrior": Network(OverPriorSettings, OverPrior),
 }
 """By the names of their classes; the first is what a folder that names none holds."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ebm_defense.engine import layered
 from ebm_defense.engine.autograd import AutogradGradient, energy_and_gradient
 from ebm_defense.engine.base import Curvature, Energy, EnergyGradient, Engine, HessianProduct
 from ebm_defense.engine.convolutional import ConvGradient, supports
@@ -33,6 +34,11 @@ __all__ = [
 
 ENGINES: dict[str, Engine] = {
     "convolutional": Engine(supports, ConvGradient.prepare, ConvProduct.prepare),
+    "layered": Engine(
+        layered.supports,
+        # `prepare` itself is made below.
+        layered.prepared(lambda energy, x, precision: prepare(energy, x, precision)),  # noqa: PLW0108
+    ),
     "autograd": Engine(
         lambda energy, x, precision: True,
         lambda energy, x, precision: AutogradGradient(energy, precision),

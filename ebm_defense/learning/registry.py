@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -37,7 +37,7 @@ class Parts(NamedTuple):
             below 0 are for what is drawn before the first.
         precision: of the chains.
         team: the processes that learn together.
-        generator: a network from latents to images in [-1, 1], with a `latent` number of them.
+        generator: a network from latents to images in [-1, 1], which its settings count as `size`.
     """
 
     recipe: EnergyRecipe
@@ -53,7 +53,8 @@ def _generator(parts: Parts) -> tuple[nn.Module, int]:
         raise UsageError(
             "chains that start from a generator need one; give a generator, or start elsewhere."
         )
-    return parts.generator, int(cast(int, parts.generator.latent))
+    settings: Any = parts.generator.settings
+    return parts.generator, settings.size
 
 
 def _persistent(parts: Parts) -> Persistent:

@@ -279,7 +279,8 @@ def about(network: nn.Module, **more: Any) -> dict[str, Any]:
     `WideResNet` channels, classes, depth, width), and what `more` adds, such as normalisation.
     """
     settings: Any = getattr(network, "settings", None)
-    known = dict(vars(settings)) if dataclasses.is_dataclass(settings) else {}
+    given = dataclasses.is_dataclass(settings) and not isinstance(settings, type)
+    known = dataclasses.asdict(settings) if given else {}
     listed = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}  # as JSON has it
     return {"network": type(network).__name__, **listed, **more}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import nn
 from ebm_defense.classifiers import normalized
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.energies.conv import channels_last
+from ebm_defense.energies.registry import Network
 from ebm_defense.errors import UsageError
 from ebm_defense.networks import make_network
 from ebm_defense.purifiers.base import Purifier
@@ -29,7 +32,8 @@ from ebm_defense.storage.folders import (
     read_settings,
     verify,
 )
-from ebm_defense.storage.state_dicts import load_into, load_weights
+from ebm_defense.storage.serialize import from_plain
+from ebm_defense.storage.state_dicts import load_into, load_weights, read_about
 
 CHAIN_OPTIONS = ("steps", "precision", "adjusted")
 
@@ -98,6 +102,31 @@ def _classifier(path: Path, s: ClassifierSettings) -> nn.Module:
     network = make_network(s.network)
     load_weights(network, path)
     return normalized(channels_last(network), s.mean, s.std).eval()
+
+
+def network_of(path: Path, known: Mapping[str, Network]) -> nn.Module:
+    """Load the network that a weight file says it is of.
+
+    Args:
+        path: a file of `save_tensors` with what `about` says, such as energy.safetensors.
+        known: the networks that it may hold, by name.
+
+    Raises:
+        UsageError: a file that does not say, or of another network.
+    """
+    said = read_about(path)
+    name = str(said.get("network"))
+    if name not in known:
+        raise UsageError(
+            f"{path} does not say that it holds one of {', '.join(known)}; give a file that this "
+            "package wrote."
+        )
+    kind = known[name].settings
+    own = {f.name for f in fields(kind)}
+    settings: Any = from_plain(kind, {k: v for k, v in said.items() if k in own}, str(path))
+    network = known[name].make(settings)
+    load_weights(network, path)
+    return channels_last(network)
 
 
 def _load_network(path: Path, name: str, settings: Any) -> nn.Module:

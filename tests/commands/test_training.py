@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from ebm_defense import load_energy, load_purifier
+from ebm_defense.energies.registry import ENERGIES as NETWORKS
 from ebm_defense.storage.files import save_tensors
 from ebm_defense.storage.folders import read_settings
+from ebm_defense.storage.weights import network_of
 
 ENERGY = (
     *("train-ebm", "--data", "digits", "--images", 60, "--width", 2, "--bank", 30, "--batch", 10),
@@ -45,6 +48,33 @@ def stop_after(updates: int):
             raise KeyboardInterrupt
 
     return draw
+
+
+def test_long_run_learning_goes_by_generator_prior_and_burn_in(run, tmp_path: Path) -> None:
+    """The three trainings of EBM Life Cycle, each of which takes what the one before wrote."""
+    short, prior, long = (tmp_path / name for name in ("short", "prior", "long"))
+    small = (*ENERGY, "--updates", 2, "--limit", "1e6")
+    assert run(*small, "--fresh", "cooperative", "--rejuvenation", 1, "--out", short)[0] == 0
+    generator = ("--fresh", "generator", "--generator", short / "generator.safetensors")
+    assert run(*small, *generator, "--prior-spread", 0.15, "--out", prior)[0] == 0
+    burn_in = ("--start", "burn-in", "--burn-in", 12, "--burn-in-visits", 2)
+    status, printed, _ = run(
+        *small, *generator, *burn_in, "--prior", prior / "energy.safetensors", "--out", long
+    )
+    assert status == 0
+    assert "chains live 8 steps on average" in printed
+    kept, beneath = (load_file(f / "energy.safetensors") for f in (long, prior))
+    assert {k.split(".")[0] for k in kept} == {"energy", "prior"}
+    assert all(np.array_equal(kept[f"prior.{k}"], v) for k, v in beneath.items())
+    # U = E + E₀ + T·‖x‖²/(2τ²), the pull being the prior's own.
+    x = np.zeros((1, 1, 8, 8), dtype=np.float32)
+    u = network_of(long / "energy.safetensors", NETWORKS)
+    assert u.settings.pull == 0
+    assert u.prior.settings.pull == pytest.approx(0.0036 / 0.15**2)
+    assert u(torch.from_numpy(x)).shape == (1,)
+    status, _, error = run(*small, "--fresh", "generator", "--out", tmp_path / "never")
+    assert status == 2
+    assert "needs --generator FILE" in error
 
 
 def test_a_second_run_in_the_same_folder_needs_resume(run, tmp_path: Path) -> None:

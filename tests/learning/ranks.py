@@ -12,10 +12,10 @@ import torch
 
 from ebm_defense.data import load_data
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
+from ebm_defense.generators.networks import ConvGenerator, ConvSettings
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.learning.energy import EnergyTrainer
 from ebm_defense.learning.energy_recipe import EnergyRecipe
-from ebm_defense.learning.generator import GeneratorSettings, ImageGenerator
 from ebm_defense.learning.parallel import Team
 
 EVERY, KILLED = 2, 7
@@ -30,7 +30,7 @@ def tiny_trainer(team: Team | None = None, **options: Any) -> EnergyTrainer:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         energy = ConvEnergy(ConvEnergySettings(channels=1, image_size=8, width=2))
-        generator = ImageGenerator(GeneratorSettings(channels=1, image_size=8, width=2, latent=4))
+        generator = ConvGenerator(ConvSettings(channels=1, image_size=8, width=2, latent=4))
     chain = LangevinSettings(steps=3, step_size=0.05, temperature=1e-2)
     base: dict[str, Any] = {
         "updates": 12, "batch": 8, "bank": 21, "langevin": chain, "sgd_from": 0,

@@ -14,7 +14,6 @@ from torch import nn
 from ebm_defense.errors import UsageError
 from ebm_defense.learning.draws import Batch, Draws, batch_of
 from ebm_defense.learning.energy_recipe import EnergyRecipe
-from ebm_defense.learning.generator import GeneratorSettings, ImageGenerator
 from ebm_defense.learning.parallel import Team
 from ebm_defense.learning.registry import Parts, make_objective, make_start
 from ebm_defense.learning.starts import BurnIn, Cooperative, FromData, FromNoise, Persistent
@@ -168,8 +167,6 @@ def test_chains_burn_in_before_learning_sees_them():
 class Plain(nn.Module):
     """A generator of one constant image, which is easy to follow."""
 
-    latent = 3
-
     def __init__(self) -> None:
         super().__init__()
         self.image = nn.Parameter(torch.zeros(1, 2, 2))
@@ -198,16 +195,6 @@ def test_in_a_bank_a_generator_learns_from_the_chains_that_it_began():
     bank.keep(batch(1, 4), torch.full((4, 1, 2, 2), 0.7))
     assert float(generator.image.detach().min()) > 0.0
     assert "optimiser" in bank.state()["source"]
-
-
-@pytest.mark.parametrize("size", [8, 28, 33])
-def test_a_generator_makes_images_of_any_size(size):
-    generator = ImageGenerator(GeneratorSettings(channels=1, image_size=size, width=2, latent=5))
-    images = generator(torch.randn(3, 5, generator=torch.Generator().manual_seed(0)))
-    assert images.shape == (3, 1, size, size)
-    assert float(images.detach().abs().max()) < 1
-    alone = generator(torch.randn(3, 5, generator=torch.Generator().manual_seed(0))[:1])
-    torch.testing.assert_close(alone, images[:1])
 
 
 def parts(recipe: EnergyRecipe, generator=None) -> Parts:
