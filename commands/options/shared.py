@@ -19,8 +19,9 @@ from ebm_defense.interface.numbers import real
 from ebm_defense.purifiers.base import Purifier
 from ebm_defense.purifiers.foreign import as_purifier
 from ebm_defense.purifiers.registry import PURIFIERS, baseline, needs_networks
+from ebm_defense.storage import hub
 from ebm_defense.storage.files import write_text
-from ebm_defense.storage.folders import find_folder, names_folder, read_settings
+from ebm_defense.storage.folders import DEFENSE, find_folder, names_folder, read_settings
 from ebm_defense.storage.weights import load_purifier
 
 M = TypeVar("M", bound=nn.Module)
@@ -103,10 +104,17 @@ def _of_networks(kind: str, place: str, **chain: Any) -> Purifier:
     """Make a purifier of the networks in a place, with the settings that stand behind it."""
     named, settings = parse(place)
     settings = {k: v for k, v in chain.items() if v is not None} | settings
-    if not names_folder(named):
+    if not _is_defense(named):
         return PURIFIERS[kind].opened(named, **settings)
     refuse_another_purifier(named, kind)
     return load_purifier(named, **settings)
+
+
+def _is_defense(place: str) -> bool:
+    """Whether a place holds a defense, and not networks alone as others publish them."""
+    if hub.is_address(place):
+        return (hub.download(place) / DEFENSE).is_file()
+    return names_folder(place)
 
 
 def refuse_another_purifier(folder: str, kind: str) -> None:

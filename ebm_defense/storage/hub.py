@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,8 +49,12 @@ def address(spec: str) -> Address:
     return Address(found.group(1), found.group(2))
 
 
-def download(spec: str) -> Path:
-    """Return a local folder with a repository's defense, which is downloaded unless it is cached.
+def download(spec: str, patterns: Sequence[str] = PATTERNS) -> Path:
+    """Return a local folder with a repository's files, which are downloaded unless they are cached.
+
+    Args:
+        spec: hf://owner/name[@revision].
+        patterns: of the files; those of a defense if not given.
 
     Raises:
         UsageError: another form, huggingface_hub is not installed, no such repository or revision,
@@ -62,7 +66,7 @@ def download(spec: str) -> Path:
             hub.snapshot_download(
                 where.repository,
                 revision=where.revision,
-                allow_patterns=list(PATTERNS),
+                allow_patterns=list(patterns),
                 endpoint=_endpoint(),
             )
         )
