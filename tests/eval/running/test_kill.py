@@ -34,16 +34,18 @@ def test_killed_at_random_instants_a_run_ends_as_if_it_never_was(
     begun = time.perf_counter()
     assert children.do(lambda: small.run(tmp_path / "timed")) == 0
     duration, instants = time.perf_counter() - begun, random.Random(0)
+    statuses = []
     for number in range(FOLDERS):
-        out, statuses = tmp_path / f"killed {number}", []
+        out = tmp_path / f"killed {number}"
         for _ in range(KILLS // FOLDERS):
             child = children.start(lambda out=out: small.run(out))
             time.sleep(instants.uniform(0.0, 0.6 * duration))
             statuses.append(children.end(child, signal.SIGKILL))
-        assert -signal.SIGKILL in statuses
         assert children.do(lambda out=out: small.run(out)) == 0
         same_run(out, whole)
         assert not half_written(out)
+    # On a busy machine the timed run was slow, and some instants lie after a run's end.
+    assert -signal.SIGKILL in statuses
 
 
 def kill_at_write(number: int, before: bool):
