@@ -20,15 +20,16 @@ from ebm_defense.data import customary_eps
 from ebm_defense.energies.registry import ENERGIES
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.purification_curve import Point, purification_curve, recommend
-from ebm_defense.eval.reporting.figures.diagnosis import draw_diagnosis
+from ebm_defense.eval.reporting.figures.diagnosis import Diagnosis, draw_diagnosis
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.learning.convergence import (
     METASTABLE,
     TIMES,
-    Convergence,
     judge_convergence,
+    kept_classes,
     long_runs,
 )
+from ebm_defense.learning.diagnostics import Signs, signs_of
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers.langevin import LangevinPurifier
 from ebm_defense.storage.files import writable_folder, write_text
@@ -37,6 +38,10 @@ from ebm_defense.storage.weights import load_defense, load_energy, load_purifier
 
 PERSISTENT, BURN_IN = "persistent", "burn-in"
 SETTINGS, HISTORY, PAGE, FOUND = "settings.toml", "history.csv", "diagnosis.png", "diagnosis.toml"
+
+
+APART = 2.0
+"""How many times longer or shorter than a chain of learning lives a purification may be."""
 
 
 class Subject(NamedTuple):
@@ -81,6 +86,10 @@ class Diagnose:
     """Chains from data, and as many from noise; a stratified sample of test images."""
     steps: int = 10_000
     """Langevin steps of the chains."""
+    curve_steps: int | None = None
+    """Longest chain of the purification curve; as --steps if not given."""
+    precision: str = "fp32"
+    """Precision of the energy's inner activations: fp32, bf16, or fastest (bf16 where native)."""
     adjusted: bool = False
     """Let a Metropolis test accept or refuse each step (MALA), and say how many it does."""
     learned_steps: int | None = None
@@ -113,21 +122,32 @@ class Diagnose:
         )
         energy = subject.energy.to(device)
         chains = long_runs(
-            energy, images * 2 - 1, settings, data_noise=subject.data_noise, seed=self.seed
+            energy,
+            images * 2 - 1,
+            settings,
+            data_noise=subject.data_noise,
+            seed=self.seed,
+            precision=self.precision,
         )
         found = judge_convergence(chains, learned_steps=subject.learned_steps)
-        purifier = LangevinPurifier(energy, **asdict(settings), precision="fp32")
-        points = self._curve(purifier, images, labels)
-        draw_diagnosis(found, chains, points, out / PAGE, subject.history)
-        self._keep(out, found, points, subject)
-        print(_text(found, points))
+        classifier = load_defense(self.classifier).undefended.to(device)
+        kept = kept_classes(classifier, chains, images)
+        purifier = LangevinPurifier(energy, **asdict(settings), precision=self.precision)
+        points = self._curve(purifier, classifier, images, labels)
+        shown = Diagnosis(found, chains, kept, points, subject.history)
+        draw_diagnosis(shown, out / PAGE)
+        self._keep(out, shown, subject)
+        print(_text(shown, subject))
         print(f"page and numbers are in {out}")
         return 0
 
     def _curve(
-        self, purifier: LangevinPurifier, images: torch.Tensor, labels: torch.Tensor
+        self,
+        purifier: LangevinPurifier,
+        classifier: torch.nn.Module,
+        images: torch.Tensor,
+        labels: torch.Tensor,
     ) -> list[Point]:
-        classifier = load_defense(self.classifier).undefended.to(images.device)
         eps = customary_eps(self.data, "Linf") if self.eps is None else self.eps
         threat = ThreatModel(eps=eps)
         attack = PGD(threat=threat, steps=self.attack_steps, step_size=eps / 4)
@@ -135,7 +155,8 @@ class Diagnose:
         keys = chain_keys(self.seed, "at random", range(len(images)), range(1))[0]
         direction = KeyedNoise(keys.to(images.device)).normal(0, images)
         wandered = threat.step(images, images, direction, eps)
-        lengths = sorted({0, *np.geomspace(1, self.steps, 14).round().astype(int).tolist()})
+        longest = self.steps if self.curve_steps is None else self.curve_steps
+        lengths = sorted({0, *np.geomspace(1, max(longest, 1), 14).round().astype(int).tolist()})
         return purification_curve(
             purifier, classifier, images, attacked, labels,
             lengths=lengths, wandered=wandered, seed=self.seed,
@@ -156,18 +177,21 @@ class Diagnose:
             )
         return subject
 
-    def _keep(self, out: Path, found: Convergence, points: list[Point], subject: Subject) -> None:
-        steps, reason = recommend(points)
+    def _keep(self, out: Path, shown: Diagnosis, subject: Subject) -> None:
+        steps, reason = recommend(shown.points)
         plain = {
             "energy": self.energy,
             "steps": self.steps,
             "learned_steps": subject.learned_steps,
             "images": self.images,
             "seed": self.seed,
-            "convergence": {k: v for k, v in asdict(found).items() if v is not None},
+            "convergence": {k: v for k, v in asdict(shown.found).items() if v is not None},
+            "kept": {"steps": list(shown.chains.steps), "classes": list(shown.kept)},
             "recommended": {"steps": steps, "reason": reason},
-            "curve": [p._asdict() for p in points],
+            "curve": [p._asdict() for p in shown.points],
         }
+        if (signs := _signs(subject)) is not None:
+            plain["learning"] = signs._asdict()
         write_text(out / FOUND, tomli_w.dumps(plain))
 
 
@@ -205,7 +229,15 @@ def _defended(name: str) -> Subject:
     return Subject(energy, settings, settings.steps, 2 * settings.step_size, None)
 
 
-def _text(found: Convergence, points: list[Point]) -> str:
+def _signs(subject: Subject) -> Signs | None:
+    curves = subject.history
+    if curves is None or not len(curves):
+        return None
+    return signs_of(curves["d_s"].tolist(), curves["r_s"].tolist())
+
+
+def _text(shown: Diagnosis, subject: Subject) -> str:
+    found, points = shown.found, shown.points
     steps, reason = recommend(points)
     rows = pd.DataFrame(
         {
@@ -225,9 +257,36 @@ def _text(found: Convergence, points: list[Point]) -> str:
             f"drift {found.drift:+.2f} standard deviations of the data's energies, pixels out of "
             f"range {found.saturation:.1%}, R-hat {found.rhat:.2f}, effective sample size "
             f"{found.ess_bulk:.0f} (bulk), {found.ess_tail:.0f} (tail){accepted}",
+            f"after {shown.chains.steps[-1]} steps {shown.kept[-1]:.1%} of the chains from data "
+            "keep their image's class",
+            *_learning(subject),
             "",
             rows.to_string(index=False, float_format="%.3g"),
             "",
             f"purify by {steps} steps: {reason}",
+            *_lifetime(steps, subject),
         ]
     )
+
+
+def _learning(subject: Subject) -> list[str]:
+    signs = _signs(subject)
+    if signs is None:
+        return []
+    swings = "it oscillates" if signs.oscillates else "it does not oscillate"
+    return [
+        f"in learning's second half d_s is {signs.mean:+.2f} ± {signs.swing:.2f}, after one update "
+        f"correlated by {signs.after_one:+.2f} ({swings}), r_s {signs.strength:.3f}"
+    ]
+
+
+def _lifetime(steps: int, subject: Subject) -> list[str]:
+    """Compare the recommended length with what chains lived in learning."""
+    lived = subject.learned_steps
+    if subject.history is None or lived / APART <= steps <= lived * APART:
+        return []
+    how = "longer" if steps > lived else "shorter"
+    return [
+        f"warning: chains lived {lived} steps in learning, far {how} ones purify; an energy is "
+        "known to hold for as long as its chains lived"
+    ]

@@ -7,7 +7,7 @@ that run many times longer than those it was learned with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,6 +125,23 @@ def long_runs(
         reference=reference,
         acceptance=None if taken is None or too is None else (taken + too) / 2,
     )
+
+
+@torch.no_grad()
+def kept_classes(
+    classify: Callable[[Tensor], Tensor], chains: Chains, images: Tensor
+) -> list[float]:
+    """Return the share of chains from data that still have their image's class, at each kept step.
+
+    Args:
+        classify: maps images `[b, C, H, W]` in [0, 1] to logits; what it says of an image itself is
+            its class.
+        chains: from `long_runs`.
+        images: where their chains from data began, `[b, C, H, W]` in [0, 1].
+    """
+    classes = classify(images).argmax(-1)
+    states = [((x.to(images) + 1.0) / 2.0).clamp(0.0, 1.0) for x in chains.data]
+    return [float((classify(x).argmax(-1) == classes).float().mean()) for x in states]
 
 
 def _starts(images: Tensor, data_noise: float, seed: int) -> dict[str, Tensor]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ebm_defense.engine import Energy
+from ebm_defense.errors import UsageError
 from ebm_defense.interface.modes import in_eval_mode, modules_of
 from ebm_defense.langevin import LangevinSettings, Trace, run_chain
 from ebm_defense.learning.energy import Update
@@ -17,6 +19,8 @@ from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.storage.files import atomic
 
 LAGS = 50
+OSCILLATING = -0.2
+"""Autocorrelation of d_s after one update below which learning counts as oscillating."""
 
 
 def autocorrelation(values: Sequence[float], lags: int = LAGS) -> list[float]:
@@ -29,6 +33,63 @@ def autocorrelation(values: Sequence[float], lags: int = LAGS) -> list[float]:
     return [
         float((x[: len(x) - k] * x[k:]).sum()) / scale for k in range(min(lags, len(x) - 1) + 1)
     ]
+
+
+def cross_correlation(
+    first: Sequence[float], second: Sequence[float], lags: int = LAGS
+) -> list[float]:
+    """Return the correlation of first(t) with second(t + lag), lags from −`lags` to `lags`.
+
+    0 throughout where either is constant.
+
+    Raises:
+        UsageError: series of different lengths.
+    """
+    if len(first) != len(second):
+        raise UsageError(f"two series of {len(first)} and {len(second)} numbers do not correlate.")
+    x, y = (np.asarray(v, dtype=np.float64) for v in (first, second))
+    most = min(lags, max(len(x) - 1, 0))
+    x, y = (v - v.mean() if len(v) else v for v in (x, y))
+    scale = float(np.sqrt((x * x).sum() * (y * y).sum())) or np.inf
+    whole = np.correlate(y, x, mode="full") / scale if len(x) else np.zeros(1)
+    middle = len(whole) // 2
+    return [float(v) for v in whole[middle - most : middle + most + 1]]
+
+
+class Signs(NamedTuple):
+    """What the curves of a learning's second half say (Nijkamp et al. 2019).
+
+    Attributes:
+        mean: of d_s; near 0 where data and chains agree.
+        swing: its standard deviation.
+        after_one: its autocorrelation from one update to the next; well below 0 where learning
+            oscillates, which goes with chains that do not converge.
+        strength: mean of r_s, in displacement units.
+    """
+
+    mean: float
+    swing: float
+    after_one: float
+    strength: float
+
+    @property
+    def oscillates(self) -> bool:
+        """Whether d_s swings from update to update."""
+        return self.after_one < OSCILLATING
+
+
+def signs_of(differences: Sequence[float], strengths: Sequence[float]) -> Signs:
+    """Return what d_s and r_s of all updates say.
+
+    Raises:
+        UsageError: no updates.
+    """
+    if not len(differences):
+        raise UsageError("no update was kept, so its curves say nothing.")
+    late = np.asarray(differences[len(differences) // 2 :], dtype=np.float64)
+    after_one = [*autocorrelation(late.tolist(), 1), 0.0][1]
+    strength = float(np.mean(strengths[len(strengths) // 2 :]))
+    return Signs(float(late.mean()), float(late.std()), after_one, strength)
 
 
 def draw_curves(history: Sequence[Update], path: Path) -> None:

@@ -3,6 +3,13 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
+import pandas as pd
+import pytest
+import torch
+
+from ebm_defense.commands.diagnose import Subject, _lifetime, _lived
+from ebm_defense.langevin import LangevinSettings
+
 LEARN = {
     "--data": "digits",
     "--images": 60,
@@ -39,7 +46,36 @@ def test_an_energy_that_was_just_learned_is_diagnosed(run, tiny_defense, tmp_pat
     found = tomllib.loads((out / "diagnosis.toml").read_text())
     assert found["learned_steps"] == 4  # K/p
     assert found["convergence"]["verdict"] in printed
+    assert "after 60 steps" in printed
+    assert "chains from data keep their image's class" in printed
+    assert "in learning's second half d_s is" in printed
+    assert found["kept"]["steps"][0] == 0
+    assert 0 <= found["kept"]["classes"][-1] <= 1
     assert (out / "diagnosis.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_purification_of_another_length_than_learning_s_is_warned_of() -> None:
+    history = pd.DataFrame({"update": [1], "d_s": [0.0], "r_s": [0.0]})
+    subject = Subject(torch.nn.Identity(), LangevinSettings(), 100, 0.1, history)
+    assert (
+        "chains lived 100 steps in learning, far longer ones purify" in _lifetime(500, subject)[0]
+    )
+    assert "far shorter ones purify" in _lifetime(10, subject)[0]
+    assert _lifetime(60, subject) == []
+    assert _lifetime(500, subject._replace(history=None)) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "lived"),
+    [
+        ({"rejuvenation": 0.05, "bank": 10}, 400),
+        ({"rejuvenation": 0.0, "bank": 200}, 20 * 50),  # visited 100·100/200 times
+        ({"rejuvenation": 0.0, "bank": 200, "start": "noise"}, 20),
+        ({"rejuvenation": 0.05, "bank": 200, "start": "burn-in", "burn_in_visits": 7}, 280),
+    ],
+)
+def test_how_long_chains_lived_is_read_off_the_settings(settings, lived) -> None:
+    assert _lived({"langevin_steps": 20, "updates": 100, "batch": 100} | settings) == lived
 
 
 def test_adjusted_chains_say_how_many_steps_are_accepted(run, tiny_defense, tmp_path) -> None:

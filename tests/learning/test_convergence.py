@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,9 +15,11 @@ from ebm_defense.learning.convergence import (
     METASTABLE,
     NOT_CONVERGENT,
     judge_convergence,
+    kept_classes,
     long_runs,
     mixing,
 )
+from ebm_defense.learning.diagnostics import cross_correlation, signs_of
 
 T, SHAPE = 0.04, (1, 2, 2)
 CURVATURE = torch.full((4,), 1.0)
@@ -107,6 +111,47 @@ def test_mixing_knows_the_effective_sample_size_of_an_autoregression() -> None:
 
 def test_nan_energies_do_not_mix() -> None:
     assert mixing(torch.full((2, 40), float("nan")))[0] == float("inf")
+
+
+def test_kept_classes_are_those_that_the_chains_have_not_left() -> None:
+    """A classifier of signs, and chains of which every other one changes its sign."""
+    images = torch.cat([torch.zeros(4, *SHAPE), torch.ones(4, *SHAPE)])
+    chains = long_runs(QUADRATIC, images * 2 - 1, chain(2), kept=2)
+    flipped = images.clone()
+    flipped[::2] = 1 - flipped[::2]
+    states = torch.stack([images * 2 - 1, flipped * 2 - 1])
+
+    def signs(x: torch.Tensor) -> torch.Tensor:
+        bright = x.flatten(1).mean(1)
+        return torch.stack([0.5 - bright, bright - 0.5], dim=1)
+
+    assert kept_classes(signs, replace(chains, data=states), images) == [1.0, 0.5]
+
+
+def test_curves_that_oscillate_are_told_from_those_that_do_not() -> None:
+    wave = [3.0 + (-1) ** k for k in range(40)]
+    signs = signs_of([100.0] * 40 + wave, [0.0] * 40 + [0.5] * 40)
+    assert signs.mean == 3.0
+    assert signs.strength == 0.5
+    assert signs.after_one == pytest.approx(-1.0, abs=0.03)
+    assert signs.oscillates
+    walk = np.random.default_rng(0).normal(size=400).cumsum().tolist()
+    assert not signs_of(walk, walk).oscillates
+    assert signs_of([1.0], [2.0]).after_one == 0.0
+    with pytest.raises(UsageError, match="no update"):
+        signs_of([], [])
+
+
+def test_cross_correlation_peaks_at_the_lag_by_which_one_follows_the_other() -> None:
+    x = np.random.default_rng(0).normal(size=500)
+    followed = cross_correlation(x[3:].tolist(), x[:-3].tolist(), 10)
+    assert len(followed) == 21
+    assert int(np.argmax(followed)) - 10 == 3
+    assert max(followed) > 0.95
+    assert cross_correlation(x.tolist(), x.tolist())[50] == pytest.approx(1.0)
+    assert set(cross_correlation([1.0] * 9, x[:9].tolist(), 3)) == {0.0}
+    with pytest.raises(UsageError, match="do not correlate"):
+        cross_correlation([1.0], [1.0, 2.0])
 
 
 def test_what_cannot_be_judged_is_refused() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ from torch import Tensor
 from ebm_defense.eval.purification_curve import Point
 from ebm_defense.eval.reporting.figures.pictures import pixels
 from ebm_defense.learning.convergence import Chains, Convergence
-from ebm_defense.learning.diagnostics import autocorrelation
+from ebm_defense.learning.diagnostics import autocorrelation, cross_correlation
 from ebm_defense.storage.files import atomic
 
 SHOWN = 12
@@ -21,35 +21,46 @@ SHOWN = 12
 DATA, NOISE, REFERENCE = "#1f77b4", "#d1453b", "#6e7781"
 
 
-def draw_diagnosis(
-    found: Convergence,
-    chains: Chains,
-    points: Sequence[Point],
-    path: Path,
-    history: pd.DataFrame | None = None,
-) -> None:
-    """Draw energies along chains, the purification curve, learning's curves and the chains' images.
+class Diagnosis(NamedTuple):
+    """What a page shows.
 
-    Args:
+    Attributes:
         found: the verdict, which stands above.
         chains: the long chains that it rests on.
+        kept: the share of chains from data that keep their class, at the chains' kept steps.
         points: accuracy and compression by length.
-        path: where the picture goes; its suffix chooses the format.
         history: learning's update, d_s and r_s, if they were kept.
+    """
+
+    found: Convergence
+    chains: Chains
+    kept: Sequence[float]
+    points: Sequence[Point]
+    history: pd.DataFrame | None = None
+
+
+def draw_diagnosis(shown: Diagnosis, path: Path) -> None:
+    """Draw energies along chains, classes kept, the purification curve, learning, and images.
+
+    Args:
+        shown: all of it.
+        path: where the picture goes; its suffix chooses the format.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 11), layout="constrained")
-    grid = figure.add_gridspec(2, 1, height_ratios=[1, 1.15])
-    above, below = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
-    axes = above.subplots(1, 3 if history is None else 4)
-    _energies(axes[0], chains)
-    _accuracies(axes[1], points)
-    _compression(axes[2], points)
-    if history is not None:
-        _learning(axes[3], history)
-    _images(below, chains)
-    figure.suptitle(f"{found.verdict}: {found.reason}", fontsize=12)
+    rows = 2 if shown.history is None else 3
+    figure = Figure(figsize=(14, 5 * rows), layout="constrained")
+    grid = figure.add_gridspec(rows, 1, height_ratios=[1, 0.9, 1.2][-rows:])
+    parts = [figure.add_subfigure(grid[i]) for i in range(rows)]
+    axes = parts[0].subplots(1, 4)
+    _energies(axes[0], shown.chains)
+    _classes(axes[1], shown)
+    _accuracies(axes[2], shown.points)
+    _compression(axes[3], shown.points)
+    if shown.history is not None:
+        _learning(parts[1].subplots(1, 4), shown.history)
+    _images(parts[-1], shown.chains)
+    figure.suptitle(f"{shown.found.verdict}: {shown.found.reason}", fontsize=12)
     with atomic(path) as partial:
         figure.savefig(partial, dpi=110)
 
@@ -93,10 +104,31 @@ def _compression(axis: Any, points: Sequence[Point]) -> None:
     axis.legend(fontsize=8)
 
 
-def _learning(axis: Any, history: pd.DataFrame) -> None:
-    late = history["d_s"].to_numpy()[len(history) // 2 :]
-    axis.stem(autocorrelation(late.tolist()), markerfmt=" ", basefmt="k-")
-    axis.set(title="autocorrelation of d_s, second half", xlabel="lag")
+def _classes(axis: Any, shown: Diagnosis) -> None:
+    axis.plot(shown.chains.steps, [100 * share for share in shown.kept], "o-", color=DATA)
+    axis.set_xscale("symlog", linthresh=1)
+    axis.set(xlabel="Langevin step", title="chains from data in their class, %", ylim=(0, 100))
+    axis.set_xlim(left=0)
+
+
+def _learning(axes: Any, history: pd.DataFrame) -> None:
+    """Draw d_s, r_s, their autocorrelations and how they go together (Nijkamp et al. 2019)."""
+    late = {name: history[name].to_numpy()[len(history) // 2 :] for name in ("d_s", "r_s")}
+    for axis, name, title in zip(
+        axes, late, ("d_s: energy difference / T", "r_s: drift a step"), strict=False
+    ):
+        axis.plot(history["update"], history[name], linewidth=0.4, color=REFERENCE)
+        axis.set(title=title, xlabel="update")
+    for name, colour, apart in (("d_s", DATA, -0.15), ("r_s", NOISE, 0.15)):
+        found = autocorrelation(late[name].tolist())
+        axes[2].vlines(np.arange(len(found)) + apart, 0, found, color=colour, label=name)
+    axes[2].axhline(0, color="black", linewidth=0.6)
+    axes[2].set(title="autocorrelation, second half", xlabel="lag")
+    axes[2].legend(fontsize=8)
+    crossed = cross_correlation(late["d_s"].tolist(), late["r_s"].tolist())
+    axes[3].vlines(np.arange(len(crossed)) - len(crossed) // 2, 0, crossed, color=REFERENCE)
+    axes[3].axhline(0, color="black", linewidth=0.6)
+    axes[3].set(title="correlation of d_s(t) with r_s(t + lag)", xlabel="lag")
 
 
 def _images(figure: Any, chains: Chains) -> None:
