@@ -12,7 +12,14 @@ import tyro
 from ebm_defense.errors import UsageError
 from ebm_defense.storage import hub
 from ebm_defense.storage.files import atomic, writable_folder
-from ebm_defense.storage.folders import find_folder, read_settings, shipped, verify
+from ebm_defense.storage.folders import (
+    find_folder,
+    learned,
+    learned_folder,
+    read_settings,
+    shipped,
+    verify,
+)
 from ebm_defense.storage.layouts import export_weights, import_weights
 from ebm_defense.storage.weights import load_defense
 
@@ -70,10 +77,13 @@ class Checkpoints:
     def _list(self) -> None:
         for name, settings in shipped():
             print(f"{name:<24} {settings.description}")
+        for name in learned():
+            print(f"{name:<24} An energy alone, with its recipe, for diagnose and load_energy.")
 
     def _verify(self) -> None:
-        for name in [self.name] if self.name else [s.name for s in shipped()]:
-            folder = find_folder(name)
+        every = [*[s.name for s in shipped()], *learned()]
+        for name in [self.name] if self.name else every:
+            folder = learned_folder(name) or find_folder(name)
             verify(folder)
             print(f"{name}: every file is the one that SHA256SUMS lists")
 

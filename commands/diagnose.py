@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,10 +13,11 @@ import torch
 import tyro
 
 from ebm_defense.attacks import PGD, ThreatModel
+from ebm_defense.commands.main import from_file
 from ebm_defense.commands.options.photos import Photos, wanted_by
 from ebm_defense.commands.options.shared import Device, Fraction, resolve_device
+from ebm_defense.commands.training.train_ebm import TrainEbm
 from ebm_defense.data import customary_eps
-from ebm_defense.energies.registry import ENERGIES
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.purification_curve import Point, purification_curve, recommend
 from ebm_defense.eval.reporting.figures.diagnosis import Diagnosis, draw_diagnosis
@@ -33,8 +33,8 @@ from ebm_defense.learning.diagnostics import Signs, signs_of
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers.langevin import LangevinPurifier
 from ebm_defense.storage.files import writable_folder, write_text
-from ebm_defense.storage.folders import ENERGY
-from ebm_defense.storage.weights import load_defense, load_energy, load_purifier, network_of
+from ebm_defense.storage.folders import RECIPE, learned_folder
+from ebm_defense.storage.weights import load_defense, load_energy, load_purifier
 
 PERSISTENT, BURN_IN = "persistent", "burn-in"
 SETTINGS, HISTORY, PAGE, FOUND = "settings.toml", "history.csv", "diagnosis.png", "diagnosis.toml"
@@ -72,7 +72,7 @@ class Diagnose:
     """
 
     energy: Annotated[str, tyro.conf.Positional]
-    """A shipped defense, a defense folder, or the folder that train-ebm wrote."""
+    """A shipped defense or energy, a defense folder, or the folder that train-ebm wrote."""
     out: Path = Path("diagnosis")
     """Folder for the page and the numbers."""
     classifier: str = "fashion-mnist"
@@ -163,9 +163,8 @@ class Diagnose:
         )  # fmt: skip
 
     def _subject(self) -> Subject:
-        folder = Path(self.energy).expanduser()
-        trained = (folder / ENERGY).is_file() and (folder / SETTINGS).is_file()
-        subject = _trained(folder) if trained else _defended(self.energy)
+        folder = learned_folder(self.energy)
+        subject = _defended(self.energy) if folder is None else _trained(folder)
         if self.learned_steps is not None:
             subject = subject._replace(learned_steps=self.learned_steps)
         if self.data_noise is not None:
@@ -196,31 +195,24 @@ class Diagnose:
 
 
 def _trained(folder: Path) -> Subject:
-    """Read what train-ebm wrote."""
-    s: dict[str, Any] = tomllib.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    try:
-        lived = _lived(s)
-        settings = LangevinSettings(step_size=s["step_size"], temperature=s["temperature"])
-        noise = s["data_noise"]
-    except KeyError as error:
-        raise UsageError(
-            f"{folder / SETTINGS} lacks {error}; name a folder that train-ebm wrote, or a defense."
-        ) from error
-    energy = network_of(folder / ENERGY, ENERGIES).requires_grad_(False)
+    """Read an energy alone, and how it was learned."""
+    said = next((f for n in (SETTINGS, RECIPE) if (f := folder / n).is_file()), folder / SETTINGS)
+    s: TrainEbm = from_file(TrainEbm, str(said))
+    settings = LangevinSettings(step_size=s.step_size, temperature=s.temperature)
+    energy = load_energy(folder)
     history = folder / HISTORY
     curves = pd.read_csv(history) if history.is_file() else None
-    return Subject(energy, settings, lived, noise, curves)
+    return Subject(energy, settings, lived(s), s.data_noise, curves)
 
 
-def _lived(s: dict[str, Any]) -> int:
+def lived(s: TrainEbm) -> int:
     """Return how long a chain lived in learning: of one that was never renewed, all its visits."""
-    start, steps = s.get("start", PERSISTENT), int(s["langevin_steps"])
-    if start == BURN_IN:
-        return 2 * steps * int(s["burn_in_visits"])
-    if start != PERSISTENT:
-        return steps
-    visits = s["updates"] * s["batch"] / s["bank"]
-    return round(steps * min(1.0 / max(s["rejuvenation"], 1e-9), max(visits, 1.0)))
+    if s.start == BURN_IN:
+        return 2 * s.langevin_steps * s.burn_in_visits
+    if s.start != PERSISTENT:
+        return s.langevin_steps
+    visits = max(s.updates * s.batch / s.bank, 1.0)
+    return round(s.langevin_steps * min(1.0 / max(s.rejuvenation, 1e-9), visits))
 
 
 def _defended(name: str) -> Subject:

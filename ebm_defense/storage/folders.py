@@ -39,7 +39,7 @@ from ebm_defense.storage.state_dicts import about
 if TYPE_CHECKING:
     from ebm_defense.defense import PurifiedClassifier
 
-DEFENSE, SUMS = "defense.toml", "SHA256SUMS"
+DEFENSE, RECIPE, SUMS = "defense.toml", "recipe.toml", "SHA256SUMS"
 CLASSIFIER, ENERGY, UNDEFENDED, PURIFIER = (
     "classifier.safetensors",
     "energy.safetensors",
@@ -113,6 +113,20 @@ def shipped() -> list[Shipped]:
     """Return the shipped defenses, by name."""
     folders = sorted(p.parent for p in shipped_folder().glob(f"*/{DEFENSE}"))
     return [Shipped(folder.name, read_settings(folder)) for folder in folders]
+
+
+def learned() -> list[str]:
+    """Return the names of the energies that ship alone, each with its recipe."""
+    folders = sorted(p.parent for p in shipped_folder().glob(f"*/{ENERGY}"))
+    return [folder.name for folder in folders if not (folder / DEFENSE).is_file()]
+
+
+def learned_folder(name: str | Path) -> Path | None:
+    """Return the folder of an energy alone: a shipped one, or what train-ebm wrote; else None."""
+    for folder in (shipped_folder() / str(name), Path(name).expanduser()):
+        if (folder / ENERGY).is_file() and not (folder / DEFENSE).is_file():
+            return folder
+    return None
 
 
 def find_folder(name: str | Path) -> Path:
@@ -244,7 +258,8 @@ def write_sums(folder: Path) -> None:
 
 
 def _listed(folder: Path) -> list[str]:
-    return [DEFENSE, *sorted(p.name for p in folder.glob("*.safetensors"))]
+    alone = not (folder / DEFENSE).is_file() and (folder / RECIPE).is_file()
+    return [RECIPE if alone else DEFENSE, *sorted(p.name for p in folder.glob("*.safetensors"))]
 
 
 def save_defense(

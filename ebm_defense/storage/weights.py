@@ -12,7 +12,7 @@ from torch import nn
 from ebm_defense.classifiers import normalized
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.energies.conv import channels_last
-from ebm_defense.energies.registry import Network
+from ebm_defense.energies.registry import ENERGIES, Network
 from ebm_defense.errors import UsageError
 from ebm_defense.networks import make_network
 from ebm_defense.purifiers.base import Purifier
@@ -24,10 +24,12 @@ from ebm_defense.storage.folders import (
     DEFENSE,
     ENERGY,
     PURIFIER,
+    SUMS,
     UNDEFENDED,
     ClassifierSettings,
     PurifierSettings,
     find_folder,
+    learned_folder,
     own_state,
     read_settings,
     verify,
@@ -87,9 +89,18 @@ def load_purifier(name: str | Path = "fashion-mnist", **options: Any) -> Purifie
 def load_energy(name: str | Path = "fashion-mnist") -> nn.Module:
     """Load an energy alone: `[N, C, H, W]` in [-1, 1] to `[N]`.
 
+    Args:
+        name: a shipped name, of a defense or of an energy alone; a folder of either; or
+            hf://owner/name[@revision].
+
     Raises:
         UsageError: as `load_defense`, or a defense without an energy.
     """
+    alone = learned_folder(name)
+    if alone is not None:
+        if (alone / SUMS).is_file():
+            verify(alone)
+        return network_of(alone / ENERGY, ENERGIES).eval().requires_grad_(False)
     folder = find_folder(name)
     verify(folder)
     networks = read_settings(folder).purifier.networks

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import pandas as pd
 import pytest
 import torch
 
-from ebm_defense.commands.diagnose import Subject, _lifetime, _lived
+from ebm_defense.commands.diagnose import Subject, _lifetime, lived
+from ebm_defense.commands.training.train_ebm import TrainEbm
 from ebm_defense.langevin import LangevinSettings
+from ebm_defense.storage.folders import write_sums
 
 LEARN = {
     "--data": "digits",
@@ -66,16 +69,17 @@ def test_purification_of_another_length_than_learning_s_is_warned_of() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "lived"),
+    ("settings", "steps"),
     [
-        ({"rejuvenation": 0.05, "bank": 10}, 400),
+        ({"rejuvenation": 0.05, "bank": 100}, 400),
         ({"rejuvenation": 0.0, "bank": 200}, 20 * 50),  # visited 100·100/200 times
         ({"rejuvenation": 0.0, "bank": 200, "start": "noise"}, 20),
         ({"rejuvenation": 0.05, "bank": 200, "start": "burn-in", "burn_in_visits": 7}, 280),
     ],
 )
-def test_how_long_chains_lived_is_read_off_the_settings(settings, lived) -> None:
-    assert _lived({"langevin_steps": 20, "updates": 100, "batch": 100} | settings) == lived
+def test_how_long_chains_lived_is_read_off_the_settings(settings, steps) -> None:
+    options = {"langevin_steps": 20, "updates": 100, "batch": 100} | settings
+    assert lived(TrainEbm(out=Path("somewhere"), **options)) == steps
 
 
 def test_adjusted_chains_say_how_many_steps_are_accepted(run, tiny_defense, tmp_path) -> None:
@@ -99,3 +103,22 @@ def test_what_holds_no_energy_is_refused(run, tmp_path) -> None:
     status, _, error = run("diagnose", tmp_path, "--out", tmp_path / "never")
     assert status == 2
     assert "there is no defense" in error
+
+
+def test_an_energy_alone_can_be_given_on_with_its_recipe(run, tiny_defense, tmp_path) -> None:
+    learned, given = tmp_path / "learned", tmp_path / "given"
+    assert run("train-ebm", *words(LEARN), "--out", learned)[0] == 0
+    given.mkdir()
+    shutil.copy(learned / "energy.safetensors", given)
+    options = {k[2:].replace("-", "_"): v for k, v in LEARN.items() if k != "--chain-lengths"}
+    recipe = [f"{k} = {v!r}" for k, v in options.items()]
+    (given / "recipe.toml").write_text("\n".join(recipe))
+    write_sums(given)
+    asked = [*words(DIAGNOSE), "--classifier", tiny_defense, "--out", tmp_path / "out"]
+    assert run("diagnose", given, *asked)[0] == 0
+    assert tomllib.loads((tmp_path / "out" / "diagnosis.toml").read_text())["learned_steps"] == 4
+    assert run("checkpoints", "verify", given)[0] == 0
+    (given / "recipe.toml").write_text("width = 3")
+    status, _, error = run("diagnose", given, *asked)
+    assert status == 2
+    assert "recipe.toml is not the file that SHA256SUMS lists" in error
