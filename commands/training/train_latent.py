@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,8 +26,11 @@ from ebm_defense.generators.networks import (
     DenseSettings,
     Encoder,
     Generator,
+    ImageSettings,
     LatentEnergy,
     LatentEnergySettings,
+    PairEnergy,
+    PairEnergySettings,
 )
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.learning.diagnostics import save_grid
@@ -61,8 +63,8 @@ class TrainLatent:
     out: Path
     """Folder for everything."""
     recipe: str = "latent-prior"
-    """vae, latent-prior, triangle and dual-mcmc learn all networks; nce, hat and gebm an energy for
-    the generator and encoder of --init."""
+    """vae, latent-prior, triangle, joint and dual-mcmc learn all networks; nce, hat and gebm an
+    energy for the generator and encoder of --init."""
     data: str = "fashion-mnist"
     """Data set whose training split is learned."""
     data_root: Path | None = None
@@ -81,8 +83,8 @@ class TrainLatent:
     width: int = 16
     """Channels of a conv generator and encoder at full resolution."""
     hidden: int = 256
-    """Neurons of a dense generator's and encoder's hidden layer, and a quarter as many of a latent
-    energy's."""
+    """Neurons of a dense generator's and encoder's hidden layer, and a quarter as many of an
+    energy's of latents."""
     energy_width: int = 16
     """Channels of an image energy's first layer."""
     stages: int = 1
@@ -108,8 +110,8 @@ class TrainLatent:
     latent_step_size: float = 0.05
     """Step size of the latents beside residuals; with 0 they are held."""
     temperature: float | None = None
-    """Temperature of an image energy; 1 for triangle and gebm, 0.00125 for hat and dual-mcmc if not
-    given."""
+    """Temperature of an image energy; if not given, 1 for triangle, joint and gebm, and 0.00125
+    for hat and dual-mcmc."""
     magnitude: float = 0.01
     """Weight of the mean squared image energy where nothing else bounds it."""
     lr: float = 1e-3
@@ -213,26 +215,13 @@ class TrainLatent:
 
     def _energy(self, generator: Generator, given: nn.Module | None) -> nn.Module:
         """Return the energy of --init if it is of the recipe's shape, or a fresh one."""
-        shape = generator.settings
-        make: Callable[[], Any]
-        if RECIPES[self.recipe].energy == "latents":
-            hidden = max(1, self.hidden // 4)
-            latent = LatentEnergySettings(size=shape.size, hidden=hidden, stages=self.stages)
-            make, settings = partial(LatentEnergy, latent), cast(Any, latent)
-        else:
-            settings = ConvEnergySettings(
-                channels=shape.channels,
-                image_size=shape.image_size,
-                width=self.energy_width,
-                activation="silu",
-            )
-            make = partial(ConvEnergy, settings)
+        make, settings = ENERGY_OF[RECIPES[self.recipe].energy](self, generator.settings)
         if getattr(given, "settings", None) == settings:
             assert given is not None
             return given
         with torch.random.fork_rng():
             torch.manual_seed(self.seed + 1)
-            return cast(nn.Module, make())
+            return make(settings)
 
     def _learn(self, trainer: LatentTrainer, out: Path) -> None:
         bar = tqdm(trainer.run(), total=self.updates, initial=trainer.done, unit="update")
@@ -268,6 +257,38 @@ NETWORKS: dict[str, Callable[[TrainLatent, int, int], tuple[nn.Module, nn.Module
     "dense": _dense,
 }
 """Generators and their encoders, by the names that options call them."""
+
+
+def _of_latents(c: TrainLatent, shape: ImageSettings) -> tuple[Callable[[Any], nn.Module], Any]:
+    hidden = max(1, c.hidden // 4)
+    return LatentEnergy, LatentEnergySettings(size=shape.size, hidden=hidden, stages=c.stages)
+
+
+def _of_images(c: TrainLatent, shape: ImageSettings) -> tuple[Callable[[Any], nn.Module], Any]:
+    settings = ConvEnergySettings(
+        channels=shape.channels,
+        image_size=shape.image_size,
+        width=c.energy_width,
+        activation=shape.activation,
+    )
+    return ConvEnergy, settings
+
+
+def _of_pairs(c: TrainLatent, shape: ImageSettings) -> tuple[Callable[[Any], nn.Module], Any]:
+    settings = PairEnergySettings(
+        latent=shape.latent,
+        upper=shape.upper,
+        channels=shape.channels,
+        image_size=shape.image_size,
+        width=c.energy_width,
+        hidden=max(1, c.hidden // 4),
+        activation=shape.activation,
+    )
+    return PairEnergy, settings
+
+
+ENERGY_OF = {"latents": _of_latents, "images": _of_images, "pairs": _of_pairs}
+"""Energies, by what a recipe's is of."""
 
 
 def draw(trainer: LatentTrainer, folder: Path) -> None:

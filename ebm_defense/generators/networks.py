@@ -257,3 +257,42 @@ class LatentEnergy(nn.Module):
         for stage in list(self.stages)[:stages]:
             total = total + stage(z)[:, 0]
         return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairEnergySettings(ConvSettings):
+    """The shape of a `PairEnergy`.
+
+    Attributes:
+        hidden: neurons where image and latents meet.
+    """
+
+    hidden: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden < 1:
+            raise UsageError(f"hidden must be at least 1, not {self.hidden}.")
+
+
+class PairEnergy(nn.Module):
+    """E(x, z) of an image and its latents together (Han et al. 2020): two strided convolutions of
+    the image, and dense layers of what they find and z.
+    """
+
+    def __init__(self, settings: PairEnergySettings | None = None) -> None:
+        super().__init__()
+        self.settings = s = settings or PairEnergySettings()
+        self.image = nn.Sequential(
+            nn.Conv2d(s.channels, s.width, 4, 2, 1),
+            make_activation(s.activation),
+            nn.Conv2d(s.width, 2 * s.width, 4, 2, 1),
+            make_activation(s.activation),
+            nn.Flatten(),
+            nn.Linear(2 * s.width * (s.image_size // 4) ** 2, s.hidden),
+        )
+        self.both = dense((s.hidden + s.size, s.hidden, s.hidden, 1), s.activation)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """Map images `[N, C, H, W]` in [-1, 1] and z `[N, latent + upper]` to energies `[N]`."""
+        return self.both(torch.cat([self.image(x), z], dim=1))[:, 0]

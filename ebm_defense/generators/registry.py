@@ -12,6 +12,8 @@ from ebm_defense.generators.networks import (
     DenseSettings,
     LatentEnergy,
     LatentEnergySettings,
+    PairEnergy,
+    PairEnergySettings,
 )
 
 GENERATORS: dict[str, Network] = {
@@ -20,5 +22,6 @@ GENERATORS: dict[str, Network] = {
     "DenseGenerator": Network(DenseSettings, DenseGenerator),
     "DenseEncoder": Network(DenseSettings, DenseEncoder),
     "LatentEnergy": Network(LatentEnergySettings, LatentEnergy),
+    "PairEnergy": Network(PairEnergySettings, PairEnergy),
 }
 """By the names of their classes."""

@@ -14,6 +14,7 @@ from ebm_defense.purifiers.gebm import GEBMPurifier
 from ebm_defense.purifiers.hat import HatPurifier
 from ebm_defense.purifiers.langevin import LangevinPurifier
 from ebm_defense.purifiers.latent import LatentPurifier
+from ebm_defense.purifiers.pair import PairPurifier
 
 __all__ = [
     "BitDepth",
@@ -27,6 +28,7 @@ __all__ = [
     "LikelihoodPurifier",
     "MedianFilter",
     "NoPurifier",
+    "PairPurifier",
     "Purifier",
     "SteppedPurifier",
     "TotalVariation",

@@ -34,11 +34,9 @@ class JointPurifier(SteppedPurifier):
     and `potential`.
 
     Attributes:
-        generator: maps z to images in [-1, 1].
         steps: K ≥ 0.
     """
 
-    generator: nn.Module
     steps: int
 
     def potential(self, state: Joint) -> Tensor:
@@ -79,9 +77,9 @@ class JointPurifier(SteppedPurifier):
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
-        shape = getattr(self.generator, "settings", None)
-        size = getattr(shape, "image_size", None)
-        return None if size is None else (getattr(shape, "channels", 1), size, size)
+        shapes = (getattr(network, "settings", None) for network in self.networks.values())
+        shape: Any = next((s for s in shapes if hasattr(s, "image_size")), None)
+        return None if shape is None else (shape.channels, shape.image_size, shape.image_size)
 
     def advance(self, x: Joint, noise: Noise, steps: range) -> Joint:
         moved = self._moved(x)

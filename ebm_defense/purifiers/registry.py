@@ -20,6 +20,7 @@ from ebm_defense.purifiers.gebm import GEBMPurifier
 from ebm_defense.purifiers.hat import HatPurifier
 from ebm_defense.purifiers.langevin import LangevinPurifier
 from ebm_defense.purifiers.latent import LatentPurifier
+from ebm_defense.purifiers.pair import PairPurifier
 
 PURIFIERS: dict[str, type[Purifier]] = {
     "none": NoPurifier,
@@ -32,6 +33,7 @@ PURIFIERS: dict[str, type[Purifier]] = {
     "hat": HatPurifier,
     "gebm": GEBMPurifier,
     "latent": LatentPurifier,
+    "pair": PairPurifier,
     "diffusion": DiffusionPurifier,
     "likelihood": LikelihoodPurifier,
 }

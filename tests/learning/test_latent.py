@@ -19,12 +19,22 @@ from ebm_defense.generators.networks import (
     DenseSettings,
     LatentEnergy,
     LatentEnergySettings,
+    PairEnergy,
+    PairEnergySettings,
 )
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.learning.draws import Batch, Draws
 from ebm_defense.learning.energy import DivergedError
 from ebm_defense.learning.latent.model import Model
-from ebm_defense.learning.latent.recipes import RECIPES, gebm, latent_prior, nce, triangle, vae
+from ebm_defense.learning.latent.recipes import (
+    RECIPES,
+    gebm,
+    joint,
+    latent_prior,
+    nce,
+    triangle,
+    vae,
+)
 from ebm_defense.learning.latent.settings import LatentSettings
 from ebm_defense.learning.latent.trainer import LatentTrainer
 from ebm_defense.purifiers.joint import half_square
@@ -184,6 +194,34 @@ def test_the_triangle_adds_the_critic_and_the_inferred_latents_to_the_evidence_b
     torch.testing.assert_close(found["energy"], true - critic)
 
 
+class Product(nn.Module):
+    """w·x·z of one pixel and one latent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x, z):
+        return self.w * x.flatten(1)[:, 0] * z[:, 0]
+
+
+def test_the_triangle_of_joint_densities_is_that_of_its_three_divergences():
+    """By −log p(x, z), −log q(z | x) and E(x, z), each from what it is of, up to constants."""
+    world, s, t = linear_world(), settings(magnitude=0.0), 0.7
+    model = Model(world.generator, world.encoder, Product())
+    x, drawn = torch.linspace(-1, 1, 64).view(64, 1, 1, 1), draws(64)
+    found = joint(model, Batch(images=x, draws=drawn), s)
+    z, _ = model.infer(x, drawn.normal("inferred", torch.empty(64, 1)))
+    dreamt = drawn.normal("latents", torch.empty(64, 1))
+    of_data = (0.7 * x[:, 0, 0, 0] * z[:, 0]).mean() / t
+    of_dreams = (0.7 * (2 * dreamt[:, 0] + 0.5) * dreamt[:, 0]).mean() / t
+    evidence = ((x.flatten(1) - 2 * z - 0.5) ** 2 / SIGMA**2 + z**2).mean() / 2  # −log p(x, z)
+    torch.testing.assert_close(found["energy"], of_data - of_dreams)
+    torch.testing.assert_close(found["encoder"], evidence - of_data)
+    bound = vae(model, Batch(images=x, draws=drawn), s)["generator"]
+    torch.testing.assert_close(found["generator"], bound + of_dreams)
+
+
 def networks(recipe: str, upper: int = 0) -> Model:
     torch.manual_seed(0)
     shape = ConvSettings(latent=3, upper=upper, image_size=8, width=2)
@@ -192,6 +230,8 @@ def networks(recipe: str, upper: int = 0) -> Model:
         energy = ConvEnergy(
             ConvEnergySettings(channels=1, image_size=8, width=2, activation="silu")
         )
+    if RECIPES[recipe].energy == "pairs":
+        energy = PairEnergy(PairEnergySettings(latent=3, image_size=8, width=2, hidden=4))
     return Model(ConvGenerator(shape), ConvEncoder(shape), energy)
 
 

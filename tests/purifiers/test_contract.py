@@ -22,6 +22,8 @@ from ebm_defense.generators.networks import (
     ConvSettings,
     LatentEnergy,
     LatentEnergySettings,
+    PairEnergy,
+    PairEnergySettings,
 )
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers.base import Purifier, SteppedPurifier
@@ -30,6 +32,7 @@ from ebm_defense.purifiers.gebm import GEBMPurifier
 from ebm_defense.purifiers.hat import HatPurifier
 from ebm_defense.purifiers.langevin import LangevinPurifier
 from ebm_defense.purifiers.latent import LatentPurifier
+from ebm_defense.purifiers.pair import PairPurifier
 from ebm_defense.purifiers.registry import PURIFIERS, baseline, baselines, caption
 from ebm_defense.storage.folders import read_settings, save_defense
 from ebm_defense.storage.weights import load_defense
@@ -101,6 +104,8 @@ def denoiser() -> nn.Module:
     return UNetDenoiser(TINY).requires_grad_(False)
 
 
+PAIRS = PairEnergySettings(latent=3, image_size=8, width=2, hidden=4)
+
 MAKE = {
     "none": lambda: baseline("none"),
     "gaussian": lambda: baseline("gaussian:0.1"),
@@ -114,8 +119,9 @@ MAKE = {
     "latent": lambda: LatentPurifier(LatentEnergy(LatentEnergySettings(size=3)), *generator(), 2),
     "diffusion": lambda: DiffusionPurifier(denoiser(), 20, 3, guidance=0.5),
     "likelihood": lambda: LikelihoodPurifier(denoiser(), 2),
+    "pair": lambda: PairPurifier(PairEnergy(PAIRS), generator()[1], 2, 0.05, 0.05, 0.01),
     "blur": lambda: Blur(2),
-    "pair": lambda: Pair(3),
+    "anchored": lambda: Pair(3),
 }
 """One of each name; whoever registers another purifier adds its line."""
 
@@ -123,7 +129,7 @@ MAKE = {
 @pytest.fixture
 def registry(monkeypatch):
     monkeypatch.setitem(PURIFIERS, "blur", Blur)
-    monkeypatch.setitem(PURIFIERS, "pair", Pair)
+    monkeypatch.setitem(PURIFIERS, "anchored", Pair)
     return PURIFIERS
 
 
@@ -160,7 +166,7 @@ def test_a_purifier_is_saved_loaded_evaluated_reported_and_verified(
     attack = PGD(threat=ThreatModel(eps=0.1), steps=1, replicates=2)
     labels = torch.tensor([0, 1])
     # Pictures and tables of a folder are the dearest part, and no purifier's own but its record.
-    run = tmp_path / "run" if name in ("langevin", "pair") else None
+    run = tmp_path / "run" if name in ("langevin", "anchored") else None
     report = evaluate(loaded, images(), labels, attacks=[attack], judge_replicates=4, out=run)
     report = report if run is None else load_run(run)
     words = caption(loaded.purifier.record(images()))
@@ -193,7 +199,7 @@ def test_the_full_gradient_goes_through_states_of_any_shape(registry):
 
 def test_images_on_the_way_are_those_of_shorter_chains(registry):
     noise = KeyedNoise(chain_keys(0, "contract", range(2), range(1))[0])
-    for name in ("pair", "langevin"):
+    for name in ("anchored", "langevin"):
         purifier = MAKE[name]()
         seen = purifier.on_the_way(images(), noise, (0, 1, purifier.chain_steps))
         assert list(seen) == [0, 1, purifier.chain_steps]

@@ -21,6 +21,7 @@ from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers.gebm import GEBMPurifier
 from ebm_defense.purifiers.hat import HatPurifier
 from ebm_defense.purifiers.latent import LatentPurifier
+from ebm_defense.purifiers.pair import PairPurifier
 
 # The linear world: G(z) = Wz + b and Enc(x) = Rx + c of 3 latents and 2 × 2 pixels, all energies
 # quadratic. Every chain is then affine in its state, with moments and Jacobian in closed form.
@@ -136,8 +137,29 @@ def latent(steps: int) -> World:
     return World(purifier, hessian, pull, enter, offset, leave, [(slice(0, LATENT), SIZE)])
 
 
-WORLDS = {"hat": hat, "hat, z held": hat_held, "gebm": gebm, "latent": latent}
-NAMES = {"hat": "zy", "hat, z held": "zy", "gebm": "z", "latent": "zx"}
+class Both(torch.nn.Module):
+    """½·vᵀAv of v = (z, x), with A of unlike parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("a", positive(LATENT + PIXELS, 11))
+
+    def forward(self, x, z):
+        v = torch.cat([z, x.flatten(1)], dim=1)
+        return (v @ self.a.to(v) * v).sum(1) / 2
+
+
+def pair(steps: int) -> World:
+    purifier = PairPurifier(Both(), linear_encoder(), steps, 0.5, SIZE, TEMPERATURE)
+    enter, offset = torch.cat([R, torch.eye(PIXELS).double()]), torch.cat([C, torch.zeros(PIXELS)])
+    leave = torch.cat([torch.zeros(PIXELS, LATENT), torch.eye(PIXELS)], dim=1).double()
+    z, x = slice(0, LATENT), slice(LATENT, LATENT + PIXELS)
+    pull, hessian = torch.zeros(LATENT + PIXELS).double(), Both().a / TEMPERATURE
+    return World(purifier, hessian, pull, enter, offset, leave, [(z, SIZE), (x, 0.5)])
+
+
+WORLDS = {"hat": hat, "hat, z held": hat_held, "gebm": gebm, "latent": latent, "pair": pair}
+NAMES = {"hat": "zy", "hat, z held": "zy", "gebm": "z", "latent": "zx", "pair": "zx"}
 
 
 def keyed(chains: int) -> KeyedNoise:
@@ -178,7 +200,7 @@ def test_ten_thousand_chains_have_the_moments_of_the_closed_form(name, steps):
     ends = world.purifier.advance(world.purifier.enter(images), noise, range(steps))
     assert_moments(flat(ends, name), mean, covariance)
     purified = world.purifier.purify(images, noise).flatten(1)
-    centre = (world.leave @ mean + B + 1) / 2
+    centre = (world.leave @ mean + (0 if name == "pair" else B) + 1) / 2
     assert_moments(purified, centre, world.leave @ covariance @ world.leave.T / 4)
 
 

@@ -13,8 +13,9 @@ from ebm_defense.generators.networks import Encoder, Generator, LatentEnergy
 from ebm_defense.langevin import LangevinSettings, run_chain
 from ebm_defense.learning.draws import Draws
 from ebm_defense.purifiers.hat import HatPurifier
-from ebm_defense.purifiers.joint import half_square
+from ebm_defense.purifiers.joint import Joint, half_square
 from ebm_defense.purifiers.latent import LatentPurifier
+from ebm_defense.purifiers.pair import PairPurifier
 
 
 class Flat(nn.Module):
@@ -26,7 +27,7 @@ class Flat(nn.Module):
 
 @dataclass(frozen=True)
 class Model:
-    """What is learned, or given: G, the encoder q(z | x) and an energy of latents or of images."""
+    """What is learned, or given: G, the encoder q(z | x) and an energy of either or both."""
 
     generator: Generator
     encoder: Encoder
@@ -99,6 +100,16 @@ class Model:
         ends = purifier.advance(state, draws.noise("hat chain"), range(chain.steps))
         image: Tensor = self.generator(ends["z"]) + ends["y"]
         return image.detach()
+
+    def pairs(self, draws: Draws, chain: LangevinSettings, latent_step_size: float) -> Joint:
+        """Draw z and x by chains of exp(−E(x, z)/T) from z ~ N(0, I) and x = G(z)."""
+        purifier = PairPurifier(
+            self.energy, self.encoder, chain.steps, chain.step_size, latent_step_size,
+            chain.temperature,
+        )  # fmt: skip
+        z = self.latents(draws, "latents")
+        state = {"z": z, "x": self.generator(z).detach()}
+        return purifier.advance(state, draws.noise("pair chain"), range(chain.steps))
 
     def misfit(self, x: Tensor, z: Tensor, sigma: float) -> Tensor:
         """Return −log N(x; G(z), σ²) but for a constant, its mean over the batch."""

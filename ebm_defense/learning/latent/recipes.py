@@ -18,8 +18,9 @@ from ebm_defense.learning.latent.model import Model
 from ebm_defense.learning.latent.settings import LatentSettings
 from ebm_defense.purifiers.gebm import GEBMPurifier
 from ebm_defense.purifiers.hat import HatPurifier
-from ebm_defense.purifiers.joint import JointPurifier
+from ebm_defense.purifiers.joint import JointPurifier, half_square
 from ebm_defense.purifiers.latent import LatentPurifier
+from ebm_defense.purifiers.pair import PairPurifier
 
 SMALL = 1.25e-3
 """T = ε²/2 of the usual step size ε of 0.05: the chain's update is x − ∇E + ε·noise."""
@@ -81,7 +82,7 @@ def triangle(m: Model, batch: Batch, s: LatentSettings) -> Losses:
     image = m.generator(dreamt)
     bound = m.misfit(x, z, s.sigma) + divergence
     return {
-        "energy": contrast(m, x, image.detach(), s),
+        "energy": contrast(m.energy(x) / t, m.energy(image.detach()) / t, s),
         "generator": bound + m.energy(image).mean() / t + m.surprise(dreamt, image),
         "encoder": bound + m.surprise(dreamt, image.detach()),
     }
@@ -130,9 +131,28 @@ def gebm(m: Model, batch: Batch, s: LatentSettings) -> Losses:
     return {"energy": bound + s.magnitude * (true.square() + false.square()).mean()}
 
 
-def contrast(m: Model, x: Tensor, dreamt: Tensor, s: LatentSettings) -> Tensor:
-    """Return the mean energy of data less that of dreamt images, in units of T, and the penalty."""
-    true, false = (m.energy(images) / s.image.temperature for images in (x, dreamt))
+def joint(m: Model, batch: Batch, s: LatentSettings) -> Losses:
+    """Close the triangle of three joint densities of image and latents: KL(Q ‖ P) + KL(P ‖ Π) −
+    KL(Q ‖ Π), with an energy E(x, z) of both (Han et al. 2020).
+
+    The entropy of q(z | x) is in two of the three and cancels. A penalty on the energy's size is
+    ours.
+    """
+    x, t = batch.images, s.image.temperature
+    z, divergence = m.infer(x, draw(m, batch, "inferred"))
+    dreamt = m.latents(batch.draws, "latents")
+    image = m.generator(dreamt)
+    misfit = m.misfit(x, z, s.sigma)
+    true, false = m.energy(x, z.detach()) / t, m.energy(image.detach(), dreamt) / t
+    return {
+        "energy": contrast(true, false, s),
+        "generator": misfit + divergence + m.energy(image, dreamt).mean() / t,
+        "encoder": misfit + half_square(z).mean() - m.energy(x, z).mean() / t,
+    }
+
+
+def contrast(true: Tensor, false: Tensor, s: LatentSettings) -> Tensor:
+    """Return the mean energy of data less that of dreams, in units of T, and the penalty."""
     return true.mean() - false.mean() + s.magnitude * (true.square() + false.square()).mean()
 
 
@@ -163,6 +183,14 @@ def gebm_purifier(m: Model, s: LatentSettings) -> JointPurifier:
     )
 
 
+def pair_purifier(m: Model, s: LatentSettings) -> JointPurifier:
+    """Purify by chains of image and latents."""
+    c = s.image
+    return PairPurifier(
+        m.energy, m.encoder, c.steps, c.step_size, s.latent_step_size, c.temperature
+    )
+
+
 def prior_samples(m: Model, draws: Draws, s: LatentSettings) -> Tensor:
     """Draw images of the prior's latents."""
     return m.generator(m.prior(draws, s.prior))
@@ -178,6 +206,11 @@ def based_samples(m: Model, draws: Draws, s: LatentSettings) -> Tensor:
     return m.generator(m.based(draws, s.prior, s.image.temperature))
 
 
+def pair_samples(m: Model, draws: Draws, s: LatentSettings) -> Tensor:
+    """Draw images by the chains of image and latents."""
+    return m.pairs(draws, s.image, s.latent_step_size)["x"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One way to learn, and what comes of it.
@@ -186,7 +219,7 @@ class Recipe:
         losses: what each network descends, from the model, a batch and all settings.
         purifier: what purifies with what was learned.
         samples: `[b, C, H, W]` in [-1, 1] that the model dreams.
-        energy: what it is of, "latents" or "images".
+        energy: what it is of, "latents", "images" or "pairs" of both.
         given: whether generator and encoder are given, and the energy alone learns.
         temperature: of an image energy, T > 0, unless it is set.
     """
@@ -228,6 +261,7 @@ RECIPES: dict[str, Recipe] = {
     "nce": _of_latents(nce, given=True),
     "triangle": _of_images(triangle),
     "dual-mcmc": _of_images(dual_mcmc, temperature=SMALL),
+    "joint": Recipe(losses=joint, purifier=pair_purifier, samples=pair_samples, energy="pairs"),
     "gebm": _of_images(gebm, given=True),
     "hat": replace(
         _of_images(hat, given=True, temperature=SMALL),
