@@ -32,9 +32,9 @@ from ebm_defense.learning.energy_recipe import EnergyRecipe
 from ebm_defense.learning.parallel import Team
 from ebm_defense.learning.recipes import recipe_file
 from ebm_defense.storage.files import save_tensors, writable_folder, write_text
-from ebm_defense.storage.folders import ENERGY
-from ebm_defense.storage.state_dicts import about, load_weights
-from ebm_defense.storage.weights import network_of
+from ebm_defense.storage.folders import ENERGY, learned_folder, names_folder
+from ebm_defense.storage.state_dicts import about, load_weights, refuse_other
+from ebm_defense.storage.weights import load_energy, network_of
 
 _log = logging.getLogger("ebm_defense.learning")
 
@@ -84,8 +84,9 @@ class TrainEbm:
     """Channels of the first layer (conv) or of every layer (residual)."""
     activation: str = "leaky_relu"
     """leaky_relu, relu, soft_lrelu, soft_lrelu:WIDTH, silu or softplus."""
-    init: Path | None = None
-    """Weights of the same width to begin from, as .safetensors."""
+    init: str | None = None
+    """What to begin from, of the same network and width: a weight file, or the energy of a shipped
+    name or folder."""
     prior: Path | None = None
     """energy.safetensors of an energy that lies beneath the one that is learned, and stays as it
     is; what is written is both."""
@@ -231,7 +232,7 @@ class TrainEbm:
         )
         energy = _untrained(partial(ENERGIES[name].make, settings), self.seed)
         if self.init is not None:
-            load_weights(energy, self.init)
+            begin_at(energy, self.init)
         return channels_last(self._over_prior(energy))
 
     def _over_prior(self, energy: nn.Module) -> nn.Module:
@@ -296,6 +297,20 @@ def _untrained(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return make()
+
+
+def begin_at(energy: nn.Module, name: str) -> None:
+    """Give an energy the weights of a file, or those of a shipped energy or a folder's.
+
+    Raises:
+        UsageError: weights that do not fit, or nothing of that name.
+    """
+    if learned_folder(name) is None and not names_folder(name):
+        load_weights(energy, Path(name))
+        return
+    other = load_energy(name)
+    refuse_other(energy, about(other), name)
+    energy.load_state_dict(other.state_dict())
 
 
 def tell_lifetime(lived: float, purification: int | None) -> None:

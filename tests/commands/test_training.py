@@ -77,6 +77,21 @@ def test_long_run_learning_goes_by_generator_prior_and_burn_in(run, tmp_path: Pa
     assert "needs --generator FILE" in error
 
 
+def test_learning_begins_at_an_energy_by_file_or_name(run, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run(*ENERGY, "--updates", 1, "--out", first)[0] == 0
+    for init in (first / "energy.safetensors", first):
+        out = tmp_path / f"second-{init.suffix}"
+        begun = run(*ENERGY, "--updates", 1, "--init", init, "--adam-lr", 1e-12, "--average", 0,
+                    "--out", out)  # fmt: skip
+        assert begun[0] == 0
+        one, other = (load_file(f / "energy.safetensors") for f in (first, out))
+        assert all(np.allclose(one[k], other[k], atol=1e-6) for k in one)
+    status, _, error = run(*ENERGY, "--init", "fashion-mnist-longrun", "--out", second)
+    assert status == 2
+    assert "was made for image_size 28, not 8" in error
+
+
 def test_a_second_run_in_the_same_folder_needs_resume(run, tmp_path: Path) -> None:
     # The first may ask for it too: a run killed before its first checkpoint is repeated as it is.
     assert run(*ENERGY, "--updates", 1, "--out", tmp_path, "--resume")[0] == 0
