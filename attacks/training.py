@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ebm_defense.attacks.norms import NORMS
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class TrainingPerturbation:
     steps: int = 2
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.steps < 1:
             raise UsageError(f"adversarial training needs at least 1 step, not {self.steps}.")
 

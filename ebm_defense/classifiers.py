@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class WideResNetSettings:
     widen: int = 10
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.depth < 10 or (self.depth - 4) % 6:
             raise UsageError(f"a wide ResNet's depth is 6n + 4 with n ≥ 1, not {self.depth}.")
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ebm_defense.classifiers import WideResNet, WideResNetSettings
 from ebm_defense.energies.conv import make_activation
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class ConvNetSettings:
     activation: str = "silu"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         make_activation(self.activation)
         if min(self.channels, self.classes, self.width, self.hidden) < 1:
             raise UsageError(f"a ConvNet's sizes must be at least 1, not {self}.")
@@ -81,6 +83,7 @@ class ResNetSettings:
     stem: int = 32
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if min(self.channels, self.classes, self.stem) < 1:
             raise UsageError(f"a ResNet's sizes must be at least 1, not {self}.")
 
@@ -139,6 +142,7 @@ class ZooWideResNetSettings:
     layout: Literal["zoo"] = "zoo"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.depth < 10 or (self.depth - 4) % 6:
             raise UsageError(f"a wide ResNet's depth is 6n + 4 with n ≥ 1, not {self.depth}.")
 

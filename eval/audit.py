@@ -21,6 +21,7 @@ from ebm_defense.errors import UsageError
 from ebm_defense.eval.judging.statistics import share
 from ebm_defense.eval.purification_curve import purification_curve
 from ebm_defense.interface.images import check_images, check_labels
+from ebm_defense.interface.numbers import plain_numbers
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers import SteppedPurifier
 
@@ -55,6 +56,7 @@ class AuditSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         numbers = (self.steps, self.replicates, self.many, self.draws, self.queries, self.tries)
         if min(numbers) < 1:
             raise UsageError("an audit's steps, replicates, draws and tries must be at least 1.")

@@ -23,6 +23,7 @@ from ebm_defense.eval.judging.selection import Selection, worst_place
 from ebm_defense.eval.judging.statistics import mean_share
 from ebm_defense.eval.reporting.table import interval, percent
 from ebm_defense.eval.storage.columns import WORST_OF_ALL, attack_column, stands_column
+from ebm_defense.interface.numbers import plain_numbers
 
 LOSSES, OPTIMISERS = ("ce", "dlr"), ("pgd", "apgd")
 ROUND = "bpda"
@@ -59,6 +60,7 @@ class Field:
     also: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.images[-1] < 1 or sorted(self.images, reverse=True) != list(self.images):
             raise UsageError(
                 "images are three numbers above 0, for cheap, middling and dear attacks, none "

@@ -44,6 +44,7 @@ class GeneratorSettings:
     blocks: int = 2
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.channels < 1 or self.blocks < 0 or self.width < GROUPS or self.width % GROUPS:
             raise UsageError(
                 f"a generator needs channels ≥ 1, blocks ≥ 0 and a width that is a multiple of "

@@ -18,6 +18,7 @@ from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
 from ebm_defense.interface.images import check_training_images
+from ebm_defense.interface.numbers import plain_numbers
 from ebm_defense.learning.checkpoints import refuse_another
 from ebm_defense.noise import chain_keys, derive_seed
 from ebm_defense.storage.files import load_plain, save_state
@@ -30,6 +31,9 @@ class CarliniWagner:
     """
 
     confidence: float = 5.0
+
+    def __post_init__(self) -> None:
+        plain_numbers(self)
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         mean = logits.mean(0)
@@ -67,6 +71,7 @@ class AdvGANRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if min(self.updates, self.batch, self.replicates) < 1 or not self.lr > 0:
             raise UsageError("updates, batch and replicates must be at least 1 and lr above 0.")
         if min(self.gan_weight, self.hinge_weight) < 0 or (self.bound or 0.0) < 0:

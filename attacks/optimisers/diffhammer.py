@@ -24,6 +24,7 @@ from ebm_defense.attacks.session import QueryResult
 from ebm_defense.attacks.threat import ThreatModel
 from ebm_defense.defense import PurifiedClassifier
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 
 AGREEMENTS = 5  # rounds of weighing, as published
 
@@ -47,6 +48,9 @@ class Selective:
     threat: ThreatModel
     sharpness: float
     name: str = field(default="selective", init=False)
+
+    def __post_init__(self) -> None:
+        plain_numbers(self)
 
     @property
     def through_chain(self) -> bool:

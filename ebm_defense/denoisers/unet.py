@@ -15,6 +15,7 @@ from ebm_defense.denoisers.base import PREDICTIONS, Denoiser, cumulative, noise_
 from ebm_defense.denoisers.schedules import betas
 from ebm_defense.energies.conv import channels_last
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 from ebm_defense.runtime.optional import optional
 from ebm_defense.storage.serialize import from_plain
 
@@ -76,6 +77,7 @@ class UNetSettings:
     prediction: str = "epsilon"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.prediction not in PREDICTIONS:
             raise UsageError(
                 f"the prediction is {self.prediction!r}; choose one of {', '.join(PREDICTIONS)}."

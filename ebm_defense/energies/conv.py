@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 
 
 class SoftLeakyReLU(nn.Module):
@@ -103,6 +104,7 @@ class ConvEnergySettings:
     activation: str = "leaky_relu"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         make_activation(self.activation)
         if self.image_size < 8 or self.channels < 1 or self.width < 1:
             raise UsageError(

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ebm_defense.energies.conv import make_activation
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 
 LEAST_PIXELS = 4
 """Height and width that the last halving must leave."""
@@ -39,6 +40,7 @@ class ResidualEnergySettings:
     activation: str = "relu"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         make_activation(self.activation)
         if min(self.channels, self.width) < 1 or self.halvings < 2 or self.level < 0:
             raise UsageError(

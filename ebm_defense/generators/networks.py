@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ebm_defense.energies.conv import make_activation
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 
 
 def dense(widths: Sequence[int], activation: str) -> nn.Sequential:
@@ -40,6 +41,7 @@ class ImageSettings:
     activation: str = "silu"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         make_activation(self.activation)
         if min(self.latent, self.channels, self.image_size) < 1 or self.upper < 0:
             raise UsageError(f"sizes must be at least 1, and upper 0 or more, not {self}.")
@@ -225,6 +227,7 @@ class LatentEnergySettings:
     activation: str = "silu"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         make_activation(self.activation)
         if min(self.size, self.hidden, self.stages) < 1:
             raise UsageError(f"a latent energy's sizes must be at least 1, not {self}.")

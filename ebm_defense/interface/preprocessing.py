@@ -12,6 +12,7 @@ from torch import nn
 from ebm_defense.classifiers import normalized
 from ebm_defense.data.photos import INTERPOLATIONS, Framing
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 
 PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """Pillow's numbers of interpolations, by which transformers calls them."""
@@ -33,6 +34,9 @@ class Preprocessing:
     size: int
     resize: int
     interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        plain_numbers(self)
 
     @property
     def framing(self) -> Framing:

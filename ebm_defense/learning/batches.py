@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ebm_defense.data import Images
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 from ebm_defense.noise import derive_seed
 
 
@@ -42,6 +43,7 @@ class Batches:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         most = len(self.data.labels)
         if not 1 <= self.own <= most:
             raise UsageError(f"a batch must hold from 1 to {most} of the images, not {self.own}.")

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ebm_defense.errors import UsageError
 from ebm_defense.interface.images import PURIFIED, check_images, check_labels, check_training_images
 from ebm_defense.interface.modes import in_eval_mode, modules_of
+from ebm_defense.interface.numbers import plain_numbers
 from ebm_defense.learning.batches import augmented
 from ebm_defense.learning.checkpoints import refuse_another
 from ebm_defense.precision.names import resolve_precision
@@ -56,6 +57,7 @@ class ClassifierRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if min(self.epochs, self.batch, self.copies) < 1 or not self.lr > 0:
             raise UsageError("epochs, batch and copies must be at least 1 and lr above 0.")
         if not 0 <= self.warmup < 1 or self.padding < 0:

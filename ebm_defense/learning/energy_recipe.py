@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.learning.robust import refuse_other
 
@@ -70,6 +71,7 @@ class EnergyRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if not 1 <= self.batch <= self.bank or not 1 <= self.accumulate <= self.batch:
             raise UsageError(
                 f"batch must be between 1 and the bank's {self.bank}, not {self.batch}, and "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.learning.draws import Batch, Draws, batch_of
 from ebm_defense.learning.energy import PIXEL_LIMIT, DivergedError
@@ -37,6 +38,7 @@ class Likelihood:
     rejuvenation: float = 0.05
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if not 0 < self.weight < float("inf"):
             raise UsageError(f"the likelihood's weight must be above 0, not {self.weight}.")
         if not 1 <= self.batch <= self.bank or self.steps < 1:

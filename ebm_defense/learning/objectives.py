@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Maps logits `[b, classes]` and labels `[b]` to losses `[b]`."""
@@ -53,6 +54,7 @@ class Objective:
     clean: float = 0.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.loss not in (*ATTACKED, TRADES):
             raise UsageError(f"loss is {self.loss!r}; choose one of {', '.join(ATTACKED)}, trades.")
         if not (self.beta >= 0 and 0 <= self.clean < 1):

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 from ebm_defense.learning.likelihood import Likelihood
 from ebm_defense.learning.objectives import Objective
 
@@ -62,6 +63,7 @@ class DefenseRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.learn not in LEARNS:
             raise UsageError(f"learn is {self.learn!r}; choose one of {', '.join(LEARNS)}.")
         counts = (self.updates, self.draws, self.validation_steps, self.validation_draws)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import real, whole
 from ebm_defense.noise import Noise
 from ebm_defense.purifiers.base import Purifier
 
@@ -38,6 +39,7 @@ class GaussianNoise(Purifier):
 
     def __init__(self, std: float) -> None:
         super().__init__()
+        std = real(std, "the noise's standard deviation")
         if not 0 <= std < float("inf"):
             raise UsageError(f"the noise's standard deviation must be 0 or more, not {std}.")
         self.std = std
@@ -54,9 +56,10 @@ class BitDepth(Purifier):
 
     def __init__(self, bits: float) -> None:
         super().__init__()
-        if not 1 <= bits <= 8 or bits != int(bits):
+        bits = whole(bits, "bits")
+        if not 1 <= bits <= 8:
             raise UsageError(f"bits must be a whole number from 1 to 8, not {bits}.")
-        self.levels = 2 ** int(bits) - 1
+        self.levels = 2**bits - 1
 
     @property
     def bits(self) -> int:
@@ -91,9 +94,10 @@ class Jpeg(ArrayPurifier):
 
     def __init__(self, quality: float) -> None:
         super().__init__()
+        quality = whole(quality, "JPEG quality")
         if not 1 <= quality <= 95:
             raise UsageError(f"JPEG quality must be from 1 to 95, not {quality}.")
-        self.quality = int(quality)
+        self.quality = quality
 
     def filter(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         from PIL import Image
@@ -114,6 +118,7 @@ class TotalVariation(ArrayPurifier):
 
     def __init__(self, weight: float) -> None:
         super().__init__()
+        weight = real(weight, "the total-variation weight")
         if not weight > 0:
             raise UsageError(f"the total-variation weight must be above 0, not {weight}.")
         self.weight = weight
@@ -131,9 +136,10 @@ class MedianFilter(ArrayPurifier):
 
     def __init__(self, size: float) -> None:
         super().__init__()
-        if not 1 <= size < float("inf") or size != int(size):
+        size = whole(size, "the median window")
+        if size < 1:
             raise UsageError(f"the median window must be a whole number from 1, not {size}.")
-        self.size = int(size)
+        self.size = size
 
     def filter(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         from scipy.ndimage import median_filter

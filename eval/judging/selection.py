@@ -28,6 +28,7 @@ from ebm_defense.errors import UsageError
 from ebm_defense.eval.judging.judge import Stream, draw_logits
 from ebm_defense.eval.judging.rules import predicted_draws
 from ebm_defense.interface.images import check_images
+from ebm_defense.interface.numbers import plain_numbers
 
 SELDOM = 0.01
 """An image is surely broken where its prediction is right less often than this."""
@@ -55,6 +56,7 @@ class Selection:
     leave: float = 0.01
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if min(self.draws, self.candidates) < 1 or not 0.0 <= self.leave < 1.0:
             raise UsageError(
                 "a selection needs draws ≥ 1, candidates ≥ 1 and 0 ≤ leave < 1, not "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from ebm_defense.errors import FailedRunError, UsageError
+from ebm_defense.interface.numbers import plain_numbers
 
 PATIENCE = 60.0  # seconds that a process may take to start before the others give it up
 POLL = 0.2
@@ -36,6 +37,7 @@ class Workers:
     world: int = 1
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if not 1 <= self.part <= self.parts:
             raise UsageError(f"a shard is 1/n to n/n, not {self.part}/{self.parts}.")
         if not 0 <= self.rank < self.world:

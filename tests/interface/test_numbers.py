@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import inspect
+import pkgutil
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +14,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ebm_defense
 from ebm_defense import LangevinPurifier, PurifiedClassifier, UsageError
 from ebm_defense.attacks import APGD, PGD, ScoreFree, Smoothed, Square, ThreatModel
+from ebm_defense.attacks.optimisers.ascent import Ascent
 from ebm_defense.eval import get_protocol
 from ebm_defense.interface.numbers import plain_numbers, real, whole
 from ebm_defense.langevin import LangevinSettings
+from ebm_defense.purifiers.baselines import Jpeg
+from ebm_defense.purifiers.registry import PURIFIERS
 
 WHOLE = [8, 8.0, "8", np.int16(8), np.float32(8), torch.tensor(8), torch.tensor([8.0]), np.array(8)]
 REAL = [
@@ -96,3 +104,60 @@ def test_a_preset_has_an_eps_for_each_norm(name, norm, eps):
     for attack in get_protocol(name, norm=norm).attacks:
         assert attack.threat == ThreatModel(norm=norm, eps=eps)
         assert getattr(attack, "step_size", eps / 4) == eps / 4
+
+
+def settings_of_the_package():
+    """Return every frozen dataclass that checks its numbers and whose fields have defaults."""
+    rooms = ("attacks", "classifiers", "data", "denoisers", "energies", "eval", "generators",
+             "interface", "langevin", "learning", "networks")  # fmt: skip
+    found = {}
+    for info in pkgutil.walk_packages(ebm_defense.__path__, "ebm_defense."):
+        if info.name.split(".")[1] in rooms:
+            for kind in vars(importlib.import_module(info.name)).values():
+                if inspect.isclass(kind) and is_settings(kind):
+                    found[f"{kind.__module__}.{kind.__name__}"] = kind
+    return found
+
+
+def is_settings(kind):
+    params = getattr(kind, "__dataclass_params__", None)
+    if params is None or not params.frozen or not hasattr(kind, "__post_init__"):
+        return False
+    if kind is Ascent:  # has no name of its own
+        return False
+    missing = dataclasses.MISSING
+    return all(f.default is not missing or f.default_factory is not missing
+               for f in dataclasses.fields(kind))  # fmt: skip
+
+
+DECLARED = ("int", "float", "int | None", "float | None")
+SETTINGS = settings_of_the_package()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_all_settings_take_numbers_as_people_bring_them(name):
+    kind = SETTINGS[name]
+    for field in dataclasses.fields(kind):
+        if field.default is None or field.type not in DECLARED:
+            continue
+        for bring in (np.float64, torch.tensor, lambda v: np.array([v]), str):
+            found = getattr(kind(**{field.name: bring(field.default)}), field.name)
+            assert type(found) is (float if field.type.startswith("float") else int)
+            assert found == pytest.approx(field.default)
+
+
+def test_there_are_settings():
+    assert len(SETTINGS) > 20
+
+
+@pytest.mark.parametrize("spec", ["gaussian", "bits", "jpeg", "tv", "median"])
+@pytest.mark.parametrize("bring", [np.int64, float, str, torch.tensor])
+def test_baselines_take_numbers_as_people_bring_them(spec, bring):
+    number = PURIFIERS[spec](bring(3)).numbers
+    assert all(type(value) in (int, float) for value in number.values())
+    assert list(number.values()) == [3]
+
+
+def test_a_quality_between_two_is_refused():
+    with pytest.raises(UsageError, match="whole number"):
+        Jpeg(75.5)
