@@ -11,6 +11,8 @@ import torch
 
 from ebm_defense.commands.options.shared import Device, resolve_device
 from ebm_defense.errors import UsageError
+from ebm_defense.eval.reporting.renderers import RENDERERS
+from ebm_defense.eval.reporting.table import plain_table
 from ebm_defense.eval.speed.projection import Passes, PublishedCost, measure_passes
 from ebm_defense.eval.speed.roofline import LAYOUTS, Ceilings, measure_ceilings
 from ebm_defense.eval.speed.throughput import PUBLISHED, Cell, measure, precisions_here
@@ -148,7 +150,7 @@ def write_results(
         f"{where['processor']}, {where['threads']} threads, GPU {where['gpu']}, torch "
         f"{where['packages']['torch']}, {clock} clock.",
         ceilings_line(ceilings),
-        str(table.to_markdown(index=False, floatfmt=".3g")),
+        RENDERERS["markdown"](plain_table(table, words=3, floats=".3g")).rstrip(),
         projection(cells, passes),
     ]
     write_text(out / "bench.md", "\n\n".join(text) + "\n")
@@ -183,14 +185,15 @@ def projection(cells: list[Cell], passes: dict[int, dict[bool, Passes]]) -> str:
         }
         for layout, best in _best(cells)
     ]
-    table = pd.DataFrame(rows).to_markdown(index=False, floatfmt=",.2f")
-    return (
-        f"{table}\n\nThe published protocol: {p.looks} looks of {p.replicates} chains of {p.steps} "
+    said = (
+        f"The published protocol: {p.looks} looks of {p.replicates} chains of {p.steps} "
         f"steps; assumed are {p.verifications:g} verifications of {p.verification} chains an "
         f"image, {p.robust:.0%} robust images and broken ones that fall after "
         f"{p.broken_after:.0%} of the looks. The classifier is a wide ResNet, 28-10 on CIFAR-10 "
         "and 10-2 on Fashion-MNIST; its passes are counted."
     )
+    table = plain_table(pd.DataFrame(rows), notes=(said,), words=2, floats=",.2f")
+    return RENDERERS["markdown"](table).rstrip()
 
 
 def _best(cells: list[Cell]) -> list[tuple[str, Cell]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -99,7 +100,12 @@ class Table:
 
 
 def plain_table(
-    frame: pd.DataFrame, *, caption: str = "", notes: Sequence[str] = (), words: int = 1
+    frame: pd.DataFrame,
+    *,
+    caption: str = "",
+    notes: Sequence[str] = (),
+    words: int = 1,
+    floats: str = "",
 ) -> Table:
     """Return a table of what a data frame holds, each value as it is printed.
 
@@ -108,10 +114,17 @@ def plain_table(
         caption: one sentence that says what the numbers are.
         notes: sentences on which they depend.
         words: how many of the first columns hold words, not numbers.
+        floats: the format of numbers that are no whole ones, as ".3g"; unrounded if not given.
     """
     columns = (Column(str(c), "l" if i < words else "r") for i, c in enumerate(frame.columns))
     rows = (
-        tuple(Cell(str(value), exact=(value,)) for value in row)
+        tuple(Cell(_shown(value, floats), exact=(value,)) for value in row)
         for row in frame.itertuples(index=False)
     )
     return Table(columns=tuple(columns), rows=tuple(rows), caption=caption, notes=tuple(notes))
+
+
+def _shown(value: Any, floats: str) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return NONE if math.isnan(value) else format(value, floats)
