@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import logging
 import os
@@ -27,6 +28,11 @@ class Entry(NamedTuple):
     summary: str
 
 
+MACHINE_S = {
+    getattr(errno, name, None)
+    for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "EMFILE")
+}
+"""Failures of disks and rights, which no traceback explains."""
 COMMANDS: dict[str, Entry] = {
     "evaluate": Entry(
         "evaluation.evaluate", "Evaluate", "attack a defense, judge it, print the table"
@@ -133,7 +139,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         return 0
     keep_freed_memory()
     try:
-        with _terminable():
+        with _terminable(), _told():
             return _run(given[0], given[1:])
     except UsageError as error:
         return _say(error, USAGE_STATUS)
@@ -141,6 +147,24 @@ def _main(arguments: Sequence[str] | None) -> int:
         return _say(error, 1)
     except KeyboardInterrupt:
         return _say("stopped; the same command goes on from the last finished part.", 130)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Say in a sentence that a disk is full, or what else is the machine's affair.
+
+    Raises:
+        FailedRunError: in place of such an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in MACHINE_S:
+            raise
+        what = f" ({error.filename})" if error.filename else ""
+        raise FailedRunError(
+            f"{error.strerror}{what}; the same command goes on once that is mended."
+        ) from error
 
 
 @contextmanager
@@ -222,7 +246,7 @@ def from_file(command: type[Any], path: str) -> Any:
     from ebm_defense.storage.serialize import from_plain
 
     try:
-        plain = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        plain = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"the settings file {path} cannot be read ({error}).") from error
     plain = {k.replace("-", "_"): v for k, v in plain.items()}

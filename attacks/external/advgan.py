@@ -132,7 +132,7 @@ def within(images: Tensor, delta: Tensor, threat: ThreatModel) -> Tensor:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} is damaged ({error}); train the generator again.") from error
 

@@ -38,7 +38,7 @@ def checkpoint_of(out: Path, command: Any, fixed: Collection[str]) -> Path | Non
 
 def _refuse_changes(out: Path, command: Any, fixed: Collection[str]) -> None:
     try:
-        begun = tomllib.loads((out / SETTINGS).read_text(encoding="utf-8"))
+        begun = tomllib.loads((out / SETTINGS).read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{out / SETTINGS} is damaged ({error}); name another folder.") from error
     now = plain(command)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ebm_defense.denoisers.base import Denoiser
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 
 LEVELS, FIRST_BETA, LAST_BETA = 1000, 0.1, 20.0
 """Of the variance-preserving diffusion in continuous time (Song et al. 2021, eq. 32 to 34)."""
@@ -45,6 +46,7 @@ class SongSettings:
     preconditioning: str = "vp"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.preconditioning not in PRECONDITIONINGS:
             raise UsageError(
                 f"the preconditioning is {self.preconditioning!r}; choose one of "

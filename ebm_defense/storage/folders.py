@@ -167,7 +167,7 @@ def read_settings(folder: Path) -> DefenseSettings:
     """Read `defense.toml`; unknown keys are refused by name."""
     file = folder / DEFENSE
     try:
-        plain = tomllib.loads(file.read_text(encoding="utf-8"))
+        plain = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} cannot be read ({error}).") from error
     if "noise" in plain:  # as the first folders named it

@@ -87,7 +87,7 @@ def load_sanity_checks(folder: Path) -> SanityChecks | None:
     if not (folder / FILE).exists():
         return None
     try:
-        plain = tomllib.loads((folder / FILE).read_text(encoding="utf-8"))
+        plain = tomllib.loads((folder / FILE).read_text(encoding="utf-8-sig"))
         slopes = {name: Slope(**slope) for name, slope in plain.pop("slopes", {}).items()}
         return SanityChecks(**({"curvature": None} | plain), slopes=slopes)
     except (tomllib.TOMLDecodeError, TypeError, UnicodeDecodeError) as error:

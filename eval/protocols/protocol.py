@@ -352,7 +352,7 @@ def load_protocol(path: str | Path) -> Protocol:
             does not fit.
     """
     try:
-        plain = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        plain = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"the protocol file {path} cannot be read ({error}).") from error
     found = build({"kind": "Protocol"} | plain, _kinds(), str(path))

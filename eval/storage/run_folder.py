@@ -268,7 +268,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         UsageError: it is damaged.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is damaged ({error}); name another folder.") from error
 

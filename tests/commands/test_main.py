@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +104,28 @@ def test_a_reader_that_goes_away_makes_no_traceback() -> None:
         said = run.stderr.read()
     assert said == ""
     assert run.returncode == 141
+
+
+def test_a_full_disk_is_said_in_a_sentence_and_the_run_goes_on_later(
+    run, tiny_defense, tmp_path: Path, monkeypatch
+) -> None:
+    small = ("--data", "digits", "--images", 2, "--steps", 1, "--replicates", 1)
+    words = ("evaluate", "--defense", tiny_defense, *small, "--judge-replicates", 2)
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        status, _, err = run(*words, "--out", tmp_path / "run")
+    assert status == 1
+    assert "No space left on device; the same command goes on" in err
+    assert run(*words, "--out", tmp_path / "run")[0] == 0
+
+
+def test_a_settings_file_may_begin_with_a_byte_order_mark(run, tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text('data = "nowhere"\n', encoding="utf-8-sig")
+    status, _, err = run("evaluate", "--config", file)
+    assert status == 2
+    assert "unknown data set 'nowhere'" in err

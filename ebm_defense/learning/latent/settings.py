@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 from ebm_defense.langevin import LangevinSettings
 
 
@@ -48,6 +49,7 @@ class LatentSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if min(self.updates, self.batch) < 1:
             raise UsageError("updates and batch must be at least 1.")
         if not min(self.sigma, self.lr, self.energy_lr, self.clip) > 0:
