@@ -124,8 +124,9 @@ def _download(cls: str, root: Path, options: dict[str, Any]) -> Any:
         constructor = getattr(torchvision("datasets"), cls)
         return constructor(str(root), download=True, **options)
     except (OSError, RuntimeError) as error:
+        said = str(error).partition("\n")[0]
         raise UsageError(
-            f"{cls} is neither in {root} nor downloadable ({error}); put torchvision's files into "
+            f"{cls} is neither in {root} nor downloadable ({said}); put torchvision's files into "
             "a folder and name it with --data-root or $EBM_DEFENSE_DATA"
             + (", or install Debian's package dataset-fashion-mnist." if "Fashion" in cls else ".")
         ) from error
