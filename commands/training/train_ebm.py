@@ -122,6 +122,8 @@ class TrainEbm:
     rejuvenation: float = 0.05
     """Probability that a visited chain of start persistent begins anew before its K steps; it lives
     K/p steps on average."""
+    most_visits: int | None = None
+    """Visits after which it begins anew in any case; no such end if not given."""
     burn_in: int = 1_000
     """Chains of start burn-in that learning does not see yet."""
     burn_in_visits: int = 750

@@ -31,6 +31,7 @@ class EnergyRecipe:
         fresh: where the chains of a bank begin, and begin again, likewise.
         bank: persistent chains, for the starts "persistent" and "burn-in".
         rejuvenation: probability that a visited chain starts afresh, for the start "persistent".
+        most_visits: visits after which such a chain starts afresh in any case; None for no end.
         burn_in: chains that burn in before learning sees them, for the start "burn-in".
         burn_in_visits: visits until one has burnt in.
         generator_lr: learning rate of a cooperative generator.
@@ -57,6 +58,7 @@ class EnergyRecipe:
     fresh: str = "data"
     bank: int = 10_000
     rejuvenation: float = 0.05
+    most_visits: int | None = None
     burn_in: int = 1_000
     burn_in_visits: int = 750
     generator_lr: float = 2e-4
@@ -83,8 +85,11 @@ class EnergyRecipe:
             raise UsageError("the Langevin steps between two updates must be at least 1.")
         if self.updates < 1 or (self.sgd_from is not None and self.sgd_from < 0):
             raise UsageError("updates must be at least 1 and sgd_from 0 or more.")
-        if min(self.burn_in, self.burn_in_visits) < 1 or self.setbacks < 0:
-            raise UsageError("burn_in and burn_in_visits must be at least 1, setbacks 0 or more.")
+        visits = (self.burn_in, self.burn_in_visits, self.most_visits or 1)
+        if min(visits) < 1 or self.most_visits == 0 or self.setbacks < 0:
+            raise UsageError(
+                "burn_in, burn_in_visits and most_visits must be at least 1, setbacks 0 or more."
+            )
         refuse_other(self.loss_shape, self.loss_scale)
         if not self.noise_levels or not all(0 < s < math.inf for s in self.noise_levels):
             raise UsageError(f"noise_levels are one or more above 0, not {self.noise_levels}.")

@@ -60,7 +60,8 @@ def _generator(parts: Parts) -> tuple[nn.Module, int]:
 def _persistent(parts: Parts) -> Persistent:
     r = parts.recipe
     source = make_start(r.fresh, parts)
-    return Persistent(source, r.bank, r.rejuvenation, parts.places(-1, r.bank), parts.team)
+    first = parts.places(-1, r.bank)
+    return Persistent(source, r.bank, r.rejuvenation, first, parts.team, r.most_visits)
 
 
 def _burn_in(parts: Parts) -> BurnIn:

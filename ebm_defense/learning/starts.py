@@ -186,14 +186,23 @@ class Persistent:
         rejuvenation: p in [0, 1].
         first: the bank's first states are drawn like batches of these places.
         team: the processes that share the bank.
+        most: visits after which a chain is renewed in any case; None for no such end.
     """
 
     def __init__(
-        self, source: Start, size: int, rejuvenation: float, first: Batch, team: Team
+        self,
+        source: Start,
+        size: int,
+        rejuvenation: float,
+        first: Batch,
+        team: Team,
+        most: int | None = None,
     ) -> None:
         self.source, self.size, self.rejuvenation, self.team = source, size, rejuvenation, team
         parts = first.parts(math.ceil(len(first) / _DRAWN_AT_ONCE))
         self.bank = torch.cat([source.draw(part).cpu() for part in parts])
+        self.most = most
+        self.ages = torch.zeros(len(self.bank), dtype=torch.int64)
 
     def draw(self, batch: Batch) -> Tensor:
         states = self.bank[self._mine(batch)].to(batch.draws.device)
@@ -203,16 +212,22 @@ class Persistent:
         return states
 
     def keep(self, batch: Batch, ends: Tensor) -> None:
-        self.bank[self._mine(batch)] = ends[: len(batch)].to(self.bank)
-        rows = self._renewed(batch)
+        mine, rows = self._mine(batch), self._renewed(batch)
+        self.bank[mine] = ends[: len(batch)].to(self.bank)
         self.source.keep(batch.at(rows), ends[rows])
+        self.ages[mine[rows]] = 0
+        self.ages[mine] += 1
 
     def _renewed(self, batch: Batch) -> list[int]:
-        draws = batch.draws.uniform("renewal", batch.images.new_empty(len(batch)))
-        return (draws < self.rejuvenation).nonzero()[:, 0].tolist()
+        draws = batch.draws.uniform("renewal", batch.images.new_empty(len(batch))).cpu()
+        old = self.ages[self._mine(batch)] >= (math.inf if self.most is None else self.most)
+        return ((draws < self.rejuvenation) | old).nonzero()[:, 0].tolist()
 
     def visits(self) -> float:
-        return 1.0 / self.rejuvenation if self.rejuvenation else math.inf
+        p = self.rejuvenation
+        if self.most is None:
+            return 1.0 / p if p else math.inf
+        return sum((1.0 - p) ** k for k in range(self.most))
 
     def rows(self, batch: Batch) -> Tensor:
         """Return which chains of the whole bank a batch visits, `[b]`."""
@@ -223,14 +238,16 @@ class Persistent:
         return self.rows(batch) // self.team.world
 
     def state(self) -> State:
-        return {"bank": self.team.gather(self.bank, self.size), "source": self.source.state()}
+        bank, ages = (self.team.gather(rows, self.size) for rows in (self.bank, self.ages))
+        return {"bank": bank, "ages": ages, "source": self.source.state()}
 
     def restore(self, state: State) -> None:
-        _refuse_unlike(state, ("bank", "source"))
+        _refuse_unlike(state, ("bank", "ages", "source"))
         self.source.restore(state["source"])
         if len(state["bank"]) != self.size or state["bank"].shape[1:] != self.bank.shape[1:]:
             raise ValueError(f"its bank has shape {tuple(state['bank'].shape)}")
         self.bank = self.team.share(state["bank"]).clone()
+        self.ages = self.team.share(state["ages"]).clone()
 
 
 class BurnIn:

@@ -110,6 +110,24 @@ def test_chains_are_renewed_at_the_stated_rate_and_live_k_over_p_steps():
     assert make_objective(parts(recipe)).lifetime() == pytest.approx(400)
 
 
+def test_a_chain_is_renewed_after_its_last_visit_at_the_latest():
+    """Ends count a chain's updates."""
+    bank = Persistent(FromData(0 * numbered(1), 0.0), 8, 0.0, batch(-1, 8), ALONE, most=3)
+    seen = Counter()
+    for update in range(60):
+        b = batch(update, 4)
+        ends = bank.draw(b) + 1
+        seen.update(ends[:, 0, 0, 0].long().tolist())
+        bank.keep(b, ends)
+    assert set(seen) == {1, 2, 3}
+    assert bank.visits() == 3
+    again = Persistent(bank.source, 8, 0.0, batch(-1, 8), ALONE, most=3)
+    again.restore(bank.state())
+    assert torch.equal(again.ages, bank.ages)
+    half = Persistent(bank.source, 8, 0.5, batch(-1, 8), ALONE, most=2)
+    assert half.visits() == 1.5
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_share_the_bank_and_do_together_what_one_does(world):
     whole = bank_of(13, 0.3)
