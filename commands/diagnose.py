@@ -163,8 +163,7 @@ class Diagnose:
         )  # fmt: skip
 
     def _subject(self) -> Subject:
-        folder = learned_folder(self.energy)
-        subject = _defended(self.energy) if folder is None else _trained(folder)
+        subject = subject_of(self.energy)
         if self.learned_steps is not None:
             subject = subject._replace(learned_steps=self.learned_steps)
         if self.data_noise is not None:
@@ -192,6 +191,16 @@ class Diagnose:
         if (signs := _signs(subject)) is not None:
             plain["learning"] = signs._asdict()
         write_text(out / FOUND, tomli_w.dumps(plain))
+
+
+def subject_of(name: str) -> Subject:
+    """Read an energy and how it is run, from a folder of train-ebm or a defense.
+
+    Raises:
+        UsageError: neither of them, or without an energy.
+    """
+    folder = learned_folder(name)
+    return _defended(name) if folder is None else _trained(folder)
 
 
 def _trained(folder: Path) -> Subject:

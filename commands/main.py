@@ -80,6 +80,7 @@ COMMANDS: dict[str, Entry] = {
         "training.train_advgan", "TrainAdvgan", "train a generator of attacks, AdvGAN"
     ),
     "diagnose": Entry("diagnose", "Diagnose", "say whether an energy's chains converge"),
+    "landscape": Entry("landscape", "LandscapeCommand", "map an energy's basins and barriers"),
     "assemble": Entry(
         "training.assemble", "Assemble", "put trained parts together into a defense folder"
     ),

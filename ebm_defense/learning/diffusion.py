@@ -18,6 +18,7 @@ from ebm_defense.interface.images import check_training_images
 from ebm_defense.interface.numbers import plain_numbers
 from ebm_defense.learning.batches import Batches, generator_of
 from ebm_defense.learning.checkpoints import refuse_another
+from ebm_defense.learning.defense import rising_average
 from ebm_defense.storage.files import load_plain, save_state
 from ebm_defense.storage.state_dicts import about
 
@@ -34,7 +35,7 @@ class DiffusionRecipe:
         warmup: the share of all updates over which the rate rises, before a cosine.
         weight_decay: AdamW's.
         clip: the largest norm of a gradient.
-        average: decay of the weights' running average, which is kept.
+        average: decay of the weights' running average, which is kept; it rises to this from 0.
         padding: pixels of a random shift.
         flip: mirror every other image.
         seed: seed of every draw.
@@ -89,7 +90,7 @@ class DiffusionTrainer:
             seed=recipe.seed,
         )  # fmt: skip
         self.averaged = torch.optim.swa_utils.AveragedModel(
-            denoiser, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.average)
+            denoiser, multi_avg_fn=rising_average(recipe.average)
         )
         self.optimiser = torch.optim.AdamW(
             denoiser.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay
