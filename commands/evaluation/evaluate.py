@@ -134,7 +134,7 @@ class Evaluate:
     """Let a Metropolis test accept or refuse each Langevin step (MALA)."""
     purifier: str | None = None
     """Another purifier: a shipped name, a folder, none, gaussian:0.25, jpeg:75, bits:3, tv:0.1,
-    median:3, hat:FOLDER, gebm:FOLDER, latent:FOLDER, pair:FOLDER,
+    median:3, hat:FOLDER, gebm:FOLDER, latent:FOLDER, pair:FOLDER, attributes:FOLDER,
     "diffusion:FOLDER(start=200, steps=20)" or package.module:factory."""
     max_chains: int | None = None
     """Chains that run at a time, which bounds memory; if not given, 400 on a CPU and as many as

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import pandas as pd
 import torch
+import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,6 +28,8 @@ from ebm_defense.generators.networks import (
     Encoder,
     Generator,
     ImageSettings,
+    LatentClassifier,
+    LatentClassifierSettings,
     LatentEnergy,
     LatentEnergySettings,
     PairEnergy,
@@ -47,7 +50,7 @@ PURIFIER, PICTURED = "purifier", 16
 
 FIXED = {
     "recipe", "data", "photos", "images", "init", "network", "latent", "upper", "width", "hidden",
-    "energy_width", "stages", "batch", "seed",
+    "energy_width", "stages", "attribute", "batch", "seed",
 }  # fmt: skip
 """Options that a checkpoint holds the outcome of."""
 
@@ -63,8 +66,8 @@ class TrainLatent:
     out: Path
     """Folder for everything."""
     recipe: str = "latent-prior"
-    """vae, latent-prior, triangle, joint and dual-mcmc learn all networks; nce, hat and gebm an
-    energy for the generator and encoder of --init."""
+    """vae, latent-prior, triangle, joint and dual-mcmc learn all networks; nce, hat, gebm and
+    attributes an energy for the generator and encoder of --init."""
     data: str = "fashion-mnist"
     """Data set whose training split is learned."""
     data_root: Path | None = None
@@ -93,6 +96,9 @@ class TrainLatent:
     """Weight updates in all."""
     batch: int = 100
     """Data images, and chains, an update."""
+    attribute: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Recipe attributes: the classes that have an attribute beside the class itself, as in 5,7,9;
+    may be given several times."""
     sigma: float = 0.3
     """Standard deviation of images around G(z), in [-1, 1] units."""
     prior_steps: int = 60
@@ -112,6 +118,8 @@ class TrainLatent:
     temperature: float | None = None
     """Temperature of an image energy; if not given, 1 for triangle, joint and gebm, and 0.00125
     for hat and dual-mcmc."""
+    flow_time: float = 1.0
+    """Time of the flow along attributes; it takes the posterior's steps."""
     magnitude: float = 0.01
     """Weight of the mean squared image energy where nothing else bounds it."""
     lr: float = 1e-3
@@ -134,8 +142,8 @@ class TrainLatent:
     def settings(self) -> LatentSettings:
         """Return the learning settings among these options."""
         usual = RECIPES[self.recipe].temperature
-        named = ("updates", "batch", "sigma", "latent_step_size", "magnitude", "lr", "energy_lr",
-                 "average", "seed")  # fmt: skip
+        named = ("updates", "batch", "sigma", "latent_step_size", "magnitude", "flow_time", "lr",
+                 "energy_lr", "average", "seed")  # fmt: skip
         return LatentSettings(
             prior=_chain(self.prior_steps, self.prior_step_size),
             posterior=_chain(self.posterior_steps, self.posterior_step_size),
@@ -153,12 +161,14 @@ class TrainLatent:
         settings, device = self.settings(), resolve_device(self.device)
         out = writable_folder(self.out)
         checkpoint = checkpoint_of(out, self, FIXED)
-        opened = self.photos.open(self.data, "train", self.data_root, labelled=False)
-        images = opened.take(self.images).images
-        model = self._model(images)
+        labelled = RECIPES[self.recipe].energy == "attributes"
+        opened = self.photos.open(self.data, "train", self.data_root, labelled=labelled)
+        images, labels = opened.take(self.images)
+        values = self._values(labels) if labelled else None
+        model = self._model(images, values)
         for network in model.networks.values():
             network.to(device).requires_grad_()
-        trainer = LatentTrainer(model, images, self.recipe, settings)
+        trainer = LatentTrainer(model, images, self.recipe, settings, values)
         if checkpoint is not None:
             trainer.load(checkpoint)
         write_settings(out, self)
@@ -183,7 +193,13 @@ class TrainLatent:
         if min(self.checkpoint_every, self.pictures_every) < 1:
             raise UsageError("checkpoint_every and pictures_every must be at least 1.")
 
-    def _model(self, images: Tensor) -> Model:
+    def _values(self, labels: Tensor) -> Tensor:
+        """Return each image's class, and whether it has each attribute."""
+        sets = [_classes(text, int(labels.max())) for text in self.attribute]
+        columns = [labels, *(torch.isin(labels, classes).long() for classes in sets)]
+        return torch.stack(columns, dim=1)
+
+    def _model(self, images: Tensor, values: Tensor | None) -> Model:
         if images.shape[-1] != images.shape[-2]:
             raise UsageError(f"a generator makes square images, not {tuple(images.shape[-2:])}.")
         with torch.random.fork_rng():
@@ -197,7 +213,7 @@ class TrainLatent:
                 f"{self.init} makes images {shape.channels}x{shape.image_size}x{shape.image_size}, "
                 f"not {'x'.join(map(str, images.shape[1:]))} as {self.data}."
             )
-        energy = self._energy(generator, networks.get("energy"))
+        energy = self._energy(generator, networks.get("energy"), values)
         return Model(generator, cast(Encoder, networks["encoder"]), energy)
 
     def _given(self) -> dict[str, nn.Module]:
@@ -213,9 +229,18 @@ class TrainLatent:
             )
         return found
 
-    def _energy(self, generator: Generator, given: nn.Module | None) -> nn.Module:
+    def _energy(
+        self, generator: Generator, given: nn.Module | None, values: Tensor | None
+    ) -> nn.Module:
         """Return the energy of --init if it is of the recipe's shape, or a fresh one."""
-        make, settings = ENERGY_OF[RECIPES[self.recipe].energy](self, generator.settings)
+        shape = generator.settings
+        if values is None:
+            make, settings = ENERGY_OF[RECIPES[self.recipe].energy](self, shape)
+        else:
+            counts = tuple(int(column.max()) + 1 for column in values.unbind(1))
+            hidden = max(1, self.hidden // 4)
+            settings = LatentClassifierSettings(size=shape.size, values=counts, hidden=hidden)
+            make = LatentClassifier
         if getattr(given, "settings", None) == settings:
             assert given is not None
             return given
@@ -232,6 +257,16 @@ class TrainLatent:
                 draw(trainer, writable_folder(out / "pictures"))
             if last or update.number % self.checkpoint_every == 0:
                 keep(trainer, out, self.data, self.recipe)
+
+
+def _classes(text: str, last: int) -> Tensor:
+    """Read the classes of an attribute: "5,7,9"."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) <= last for part in parts):
+        raise UsageError(
+            f"--attribute {text!r} must name classes from 0 to {last}, parted by commas: 5,7,9."
+        )
+    return torch.tensor([int(part) for part in parts])
 
 
 def _chain(steps: int, step_size: float, temperature: float = 1.0) -> LangevinSettings:

@@ -299,3 +299,42 @@ class PairEnergy(nn.Module):
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """Map images `[N, C, H, W]` in [-1, 1] and z `[N, latent + upper]` to energies `[N]`."""
         return self.both(torch.cat([self.image(x), z], dim=1))[:, 0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentClassifierSettings:
+    """The shape of a `LatentClassifier`.
+
+    Attributes:
+        size: all numbers of z.
+        values: how many values each attribute has.
+        hidden: neurons of each of the two hidden layers.
+        activation: a name in `ACTIVATIONS`, or soft_lrelu:WIDTH.
+    """
+
+    size: int = 32
+    values: tuple[int, ...] = (10,)
+    hidden: int = 64
+    activation: str = "silu"
+
+    def __post_init__(self) -> None:
+        make_activation(self.activation)
+        if min(self.size, self.hidden) < 1 or not self.values or min(self.values) < 2:
+            raise UsageError(
+                "a latent classifier's sizes must be at least 1, and each attribute's values at "
+                f"least 2, not {self}."
+            )
+
+
+class LatentClassifier(nn.Module):
+    """p(c | z) of one or more attributes c of a generator's image, such as its class."""
+
+    def __init__(self, settings: LatentClassifierSettings | None = None) -> None:
+        super().__init__()
+        self.settings = s = settings or LatentClassifierSettings()
+        self.net = dense((s.size, s.hidden, s.hidden, sum(s.values)), s.activation)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map z `[N, size]` to log-probabilities `[N, Σ values]`, attribute after attribute."""
+        parts = self.net(z).split(list(self.settings.values), dim=1)
+        return torch.cat([part.log_softmax(1) for part in parts], dim=1)

@@ -10,6 +10,8 @@ from ebm_defense.generators.networks import (
     DenseEncoder,
     DenseGenerator,
     DenseSettings,
+    LatentClassifier,
+    LatentClassifierSettings,
     LatentEnergy,
     LatentEnergySettings,
     PairEnergy,
@@ -22,6 +24,7 @@ GENERATORS: dict[str, Network] = {
     "DenseGenerator": Network(DenseSettings, DenseGenerator),
     "DenseEncoder": Network(DenseSettings, DenseEncoder),
     "LatentEnergy": Network(LatentEnergySettings, LatentEnergy),
+    "LatentClassifier": Network(LatentClassifierSettings, LatentClassifier),
     "PairEnergy": Network(PairEnergySettings, PairEnergy),
 }
 """By the names of their classes."""

@@ -1,5 +1,6 @@
 """Purifiers: images in [0, 1] to images that are about in [0, 1], not clamped."""
 
+from ebm_defense.purifiers.attributes import AttributePurifier
 from ebm_defense.purifiers.base import Purifier, SteppedPurifier
 from ebm_defense.purifiers.baselines import (
     BitDepth,
@@ -17,6 +18,7 @@ from ebm_defense.purifiers.latent import LatentPurifier
 from ebm_defense.purifiers.pair import PairPurifier
 
 __all__ = [
+    "AttributePurifier",
     "BitDepth",
     "DiffusionPurifier",
     "GEBMPurifier",

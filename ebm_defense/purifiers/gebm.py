@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ebm_defense.purifiers.joint import Joint, JointPurifier, from_unit, half_square, to_unit
+from ebm_defense.purifiers.joint import JointPurifier
+from ebm_defense.purifiers.path import Joint, from_unit, half_square, to_unit
 
 
 class GEBMPurifier(JointPurifier):

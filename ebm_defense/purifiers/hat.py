@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ebm_defense.errors import UsageError
-from ebm_defense.purifiers.joint import Joint, JointPurifier, from_unit, to_unit
+from ebm_defense.purifiers.joint import JointPurifier
+from ebm_defense.purifiers.path import Joint, from_unit, to_unit
 
 
 class HatPurifier(JointPurifier):

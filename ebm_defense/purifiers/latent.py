@@ -7,7 +7,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from ebm_defense.generators.networks import Generator
-from ebm_defense.purifiers.joint import Joint, JointPurifier, from_unit, half_square, to_unit
+from ebm_defense.purifiers.joint import JointPurifier
+from ebm_defense.purifiers.path import Joint, from_unit, half_square, to_unit
 
 
 class LatentPurifier(JointPurifier):

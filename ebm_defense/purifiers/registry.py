@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ebm_defense.errors import UsageError
+from ebm_defense.purifiers.attributes import AttributePurifier
 from ebm_defense.purifiers.base import Purifier
 from ebm_defense.purifiers.baselines import (
     BitDepth,
@@ -34,6 +35,7 @@ PURIFIERS: dict[str, type[Purifier]] = {
     "gebm": GEBMPurifier,
     "latent": LatentPurifier,
     "pair": PairPurifier,
+    "attributes": AttributePurifier,
     "diffusion": DiffusionPurifier,
     "likelihood": LikelihoodPurifier,
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from ebm_defense.purifiers.attributes import AttributePurifier
 from ebm_defense.purifiers.gebm import GEBMPurifier
 from ebm_defense.purifiers.hat import HatPurifier
 from ebm_defense.purifiers.latent import LatentPurifier
@@ -35,10 +36,16 @@ def test_a_purifier_is_learned_step_by_step_and_resumed_exactly(run, tmp_path: P
     pictures = {p.name for p in (whole / "pictures").iterdir()}
     assert pictures == {"samples-000004.png", "purified-000004.png"}
     # What was learned is given to recipes that learn an energy alone.
-    kinds = {"hat": HatPurifier, "gebm": GEBMPurifier, "nce": LatentPurifier}
+    kinds = {
+        "hat": HatPurifier,
+        "gebm": GEBMPurifier,
+        "nce": LatentPurifier,
+        "attributes": AttributePurifier,
+    }
     for recipe, kind in kinds.items():
         out, given = tmp_path / recipe, whole / "purifier"
         more = ("--recipe", recipe, "--init", given, "--updates", 2, "--out", out, "--stages", 2)
+        more = (*more, "--attribute", "1,7") if recipe == "attributes" else more
         status, _, err = run(*SMALL, *more)
         assert status == 0, err
         purifier = load_purifier(out / "purifier")
@@ -65,6 +72,12 @@ def test_dense_networks_of_two_layers_learn_too(run, tmp_path: Path) -> None:
     assert purifier.energy.settings.size == 5
 
 
+ATTRIBUTES = (
+    *("--recipe", "attributes", "--init", "fashion-mnist"),
+    "--attribute",
+)
+
+
 def test_mistakes_are_told_before_any_work(run, tmp_path: Path) -> None:
     wrong = {
         ("--recipe", "gan"): "recipe is 'gan'",
@@ -72,6 +85,7 @@ def test_mistakes_are_told_before_any_work(run, tmp_path: Path) -> None:
         ("--recipe", "gebm", "--init", "fashion-mnist"): "has no encoder and no generator",
         ("--network", "unet"): "network is 'unet'",
         ("--latent", 0): "sizes must be at least 1",
+        (*ATTRIBUTES, "7,twelve"): "must name classes from 0 to 9",
     }
     for options, said in wrong.items():
         status, _, err = run(*SMALL, *options, "--out", tmp_path / "out")

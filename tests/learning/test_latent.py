@@ -17,6 +17,8 @@ from ebm_defense.generators.networks import (
     DenseEncoder,
     DenseGenerator,
     DenseSettings,
+    LatentClassifier,
+    LatentClassifierSettings,
     LatentEnergy,
     LatentEnergySettings,
     PairEnergy,
@@ -28,6 +30,8 @@ from ebm_defense.learning.energy import DivergedError
 from ebm_defense.learning.latent.model import Model
 from ebm_defense.learning.latent.recipes import (
     RECIPES,
+    Labelled,
+    attributes,
     gebm,
     joint,
     latent_prior,
@@ -37,7 +41,7 @@ from ebm_defense.learning.latent.recipes import (
 )
 from ebm_defense.learning.latent.settings import LatentSettings
 from ebm_defense.learning.latent.trainer import LatentTrainer
-from ebm_defense.purifiers.joint import half_square
+from ebm_defense.purifiers.path import half_square
 
 COUNT = 20_000
 SIGMA = 0.5
@@ -230,6 +234,8 @@ def networks(recipe: str, upper: int = 0) -> Model:
         energy = ConvEnergy(
             ConvEnergySettings(channels=1, image_size=8, width=2, activation="silu")
         )
+    if RECIPES[recipe].energy == "attributes":
+        energy = LatentClassifier(LatentClassifierSettings(size=3, values=(3, 2), hidden=4))
     if RECIPES[recipe].energy == "pairs":
         energy = PairEnergy(PairEnergySettings(latent=3, image_size=8, width=2, hidden=4))
     return Model(ConvGenerator(shape), ConvEncoder(shape), energy)
@@ -239,7 +245,9 @@ def trainer(recipe: str, upper: int = 0, **more) -> LatentTrainer:
     short = LangevinSettings(steps=2, step_size=0.1, temperature=1.0)
     s = LatentSettings(updates=4, batch=5, prior=short, posterior=short, image=short, **more)
     images = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    return LatentTrainer(networks(recipe, upper), images, recipe, s)
+    values = torch.stack([torch.arange(20) % 3, torch.arange(20) % 2], dim=1)
+    labelled = values if recipe == "attributes" else None
+    return LatentTrainer(networks(recipe, upper), images, recipe, s, labelled)
 
 
 @pytest.mark.parametrize(("recipe", "upper"), [*((r, 0) for r in RECIPES), ("latent-prior", 2)])
@@ -283,6 +291,25 @@ def test_a_loss_that_runs_away_ends_the_run_and_leaves_the_weights():
         next(learns.run())
     after = learns.model.generator.parameters()
     assert all(torch.equal(p, q) for p, q in zip(after, before, strict=True))
+
+
+def test_attributes_are_learned_each_by_its_own_values():
+    world = linear_world()
+    classifier = LatentClassifier(LatentClassifierSettings(size=1, values=(2, 3), hidden=8))
+    model = Model(world.generator, world.encoder, classifier)
+    x = torch.tensor([-3.0, 0.5, 4.0]).repeat(50).view(150, 1, 1, 1)  # z about −1.7, 0 and 1.7
+    values = torch.tensor([[0, 2], [1, 0], [1, 1]]).repeat(50, 1)
+    optimiser = torch.optim.Adam(classifier.parameters(), lr=3e-2)
+    for update in range(80):
+        optimiser.zero_grad()
+        batch = Labelled(images=x, draws=draws(150, update), values=values)
+        attributes(model, batch, settings())["energy"].backward()
+        optimiser.step()
+    seen = classifier(torch.tensor([[-1.7], [0.0], [1.7]]))
+    first, second = seen.split([2, 3], dim=1)
+    assert first.argmax(1).tolist() == [0, 1, 1]
+    assert second.argmax(1).tolist() == [2, 0, 1]
+    torch.testing.assert_close(first.exp().sum(1), torch.ones(3))
 
 
 def test_unknown_recipes_and_numbers_out_of_range_are_refused():

@@ -20,12 +20,15 @@ from ebm_defense.generators.networks import (
     ConvEncoder,
     ConvGenerator,
     ConvSettings,
+    LatentClassifier,
+    LatentClassifierSettings,
     LatentEnergy,
     LatentEnergySettings,
     PairEnergy,
     PairEnergySettings,
 )
 from ebm_defense.noise import KeyedNoise, chain_keys
+from ebm_defense.purifiers.attributes import AttributePurifier
 from ebm_defense.purifiers.base import Purifier, SteppedPurifier
 from ebm_defense.purifiers.diffusion import DiffusionPurifier, LikelihoodPurifier
 from ebm_defense.purifiers.gebm import GEBMPurifier
@@ -104,6 +107,7 @@ def denoiser() -> nn.Module:
     return UNetDenoiser(TINY).requires_grad_(False)
 
 
+ATTRIBUTES = LatentClassifierSettings(size=3, values=(3, 2), hidden=4)
 PAIRS = PairEnergySettings(latent=3, image_size=8, width=2, hidden=4)
 
 MAKE = {
@@ -120,6 +124,7 @@ MAKE = {
     "diffusion": lambda: DiffusionPurifier(denoiser(), 20, 3, guidance=0.5),
     "likelihood": lambda: LikelihoodPurifier(denoiser(), 2),
     "pair": lambda: PairPurifier(PairEnergy(PAIRS), generator()[1], 2, 0.05, 0.05, 0.01),
+    "attributes": lambda: AttributePurifier(LatentClassifier(ATTRIBUTES), *generator(), 2),
     "blur": lambda: Blur(2),
     "anchored": lambda: Pair(3),
 }

@@ -13,9 +13,9 @@ from ebm_defense.generators.networks import Encoder, Generator, LatentEnergy
 from ebm_defense.langevin import LangevinSettings, run_chain
 from ebm_defense.learning.draws import Draws
 from ebm_defense.purifiers.hat import HatPurifier
-from ebm_defense.purifiers.joint import Joint, half_square
 from ebm_defense.purifiers.latent import LatentPurifier
 from ebm_defense.purifiers.pair import PairPurifier
+from ebm_defense.purifiers.path import Joint, half_square
 
 
 class Flat(nn.Module):

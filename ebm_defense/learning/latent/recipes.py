@@ -7,26 +7,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import cast
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ebm_defense.generators.networks import LatentEnergy
+from ebm_defense.generators.networks import LatentClassifier, LatentEnergy
 from ebm_defense.langevin import run_chain
 from ebm_defense.learning.draws import Batch, Draws
 from ebm_defense.learning.latent.model import Model
 from ebm_defense.learning.latent.settings import LatentSettings
+from ebm_defense.purifiers.attributes import AttributePurifier
 from ebm_defense.purifiers.gebm import GEBMPurifier
 from ebm_defense.purifiers.hat import HatPurifier
-from ebm_defense.purifiers.joint import JointPurifier, half_square
 from ebm_defense.purifiers.latent import LatentPurifier
 from ebm_defense.purifiers.pair import PairPurifier
+from ebm_defense.purifiers.path import LatentPath, half_square
 
 SMALL = 1.25e-3
 """T = ε²/2 of the usual step size ε of 0.05: the chain's update is x − ∇E + ε·noise."""
 
 Losses = dict[str, Tensor]
 """What each network that learns descends, by the network's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled(Batch):
+    """A batch whose images have attributes.
+
+    Attributes:
+        values: of each, int64 `[b, attributes]`.
+    """
+
+    values: Tensor
 
 
 def vae(m: Model, batch: Batch, s: LatentSettings) -> Losses:
@@ -151,6 +165,18 @@ def joint(m: Model, batch: Batch, s: LatentSettings) -> Losses:
     }
 
 
+def attributes(m: Model, batch: Batch, s: LatentSettings) -> Losses:
+    """Learn log p(c | z) of each attribute from inferred latents, by cross-entropy (Nie, Vahdat,
+    Anandkumar 2021); generator and encoder are given.
+    """
+    assert isinstance(batch, Labelled)
+    assert isinstance(m.energy, LatentClassifier)
+    z = m.infer(batch.images, draw(m, batch, "inferred"))[0].detach()
+    parts = m.energy(z).split(list(m.energy.settings.values), dim=1)
+    pairs = zip(parts, batch.values.unbind(1), strict=True)
+    return {"energy": torch.stack([F.nll_loss(seen, true) for seen, true in pairs]).sum()}
+
+
 def contrast(true: Tensor, false: Tensor, s: LatentSettings) -> Tensor:
     """Return the mean energy of data less that of dreams, in units of T, and the penalty."""
     return true.mean() - false.mean() + s.magnitude * (true.square() + false.square()).mean()
@@ -161,13 +187,13 @@ def draw(m: Model, batch: Batch, purpose: str) -> Tensor:
     return m.latents(batch.draws, purpose)
 
 
-def posterior_purifier(m: Model, s: LatentSettings) -> JointPurifier:
+def posterior_purifier(m: Model, s: LatentSettings) -> LatentPath:
     """Purify by posterior chains from the encoder's latents."""
     chain = s.posterior
     return LatentPurifier(m.energy, m.generator, m.encoder, chain.steps, chain.step_size, s.sigma)
 
 
-def hat_purifier(m: Model, s: LatentSettings) -> JointPurifier:
+def hat_purifier(m: Model, s: LatentSettings) -> LatentPath:
     """Purify by the chains that the energy was learned with."""
     c = s.image
     return HatPurifier(
@@ -175,7 +201,7 @@ def hat_purifier(m: Model, s: LatentSettings) -> JointPurifier:
     )
 
 
-def gebm_purifier(m: Model, s: LatentSettings) -> JointPurifier:
+def gebm_purifier(m: Model, s: LatentSettings) -> LatentPath:
     """Purify by latent chains of the base and the energy, from the encoder's latents."""
     chain = s.posterior
     return GEBMPurifier(
@@ -183,12 +209,18 @@ def gebm_purifier(m: Model, s: LatentSettings) -> JointPurifier:
     )
 
 
-def pair_purifier(m: Model, s: LatentSettings) -> JointPurifier:
+def pair_purifier(m: Model, s: LatentSettings) -> LatentPath:
     """Purify by chains of image and latents."""
     c = s.image
     return PairPurifier(
         m.energy, m.encoder, c.steps, c.step_size, s.latent_step_size, c.temperature
     )
+
+
+def attribute_purifier(m: Model, s: LatentSettings) -> AttributePurifier:
+    """Purify by the flow along composed attributes."""
+    classifier = cast(LatentClassifier, m.energy)
+    return AttributePurifier(classifier, m.generator, m.encoder, s.posterior.steps, s.flow_time)
 
 
 def prior_samples(m: Model, draws: Draws, s: LatentSettings) -> Tensor:
@@ -211,6 +243,17 @@ def pair_samples(m: Model, draws: Draws, s: LatentSettings) -> Tensor:
     return m.pairs(draws, s.image, s.latent_step_size)["x"]
 
 
+def attribute_samples(m: Model, draws: Draws, s: LatentSettings) -> Tensor:
+    """Draw images of the first attribute's values in turn, whatever the others are."""
+    flow = attribute_purifier(m, s)
+    values = flow.latent_classifier.settings.values
+    z = m.latents(draws, "latents")
+    belief = torch.cat([z.new_full((len(z), v), 1 / v) for v in values], dim=1)
+    belief[:, : values[0]] = F.one_hot(torch.arange(len(z)) % values[0], values[0]).to(belief)
+    ends = flow.advance({"z": z, "belief": belief}, draws.noise("flow"), range(flow.steps))
+    return m.generator(ends["z"])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One way to learn, and what comes of it.
@@ -219,13 +262,14 @@ class Recipe:
         losses: what each network descends, from the model, a batch and all settings.
         purifier: what purifies with what was learned.
         samples: `[b, C, H, W]` in [-1, 1] that the model dreams.
-        energy: what it is of, "latents", "images" or "pairs" of both.
+        energy: what it is of, "latents", "images", "pairs" of both, or
+            "attributes".
         given: whether generator and encoder are given, and the energy alone learns.
         temperature: of an image energy, T > 0, unless it is set.
     """
 
     losses: Callable[[Model, Batch, LatentSettings], Losses]
-    purifier: Callable[[Model, LatentSettings], JointPurifier]
+    purifier: Callable[[Model, LatentSettings], LatentPath]
     samples: Callable[[Model, Draws, LatentSettings], Tensor]
     energy: str
     given: bool = False
@@ -263,6 +307,13 @@ RECIPES: dict[str, Recipe] = {
     "dual-mcmc": _of_images(dual_mcmc, temperature=SMALL),
     "joint": Recipe(losses=joint, purifier=pair_purifier, samples=pair_samples, energy="pairs"),
     "gebm": _of_images(gebm, given=True),
+    "attributes": Recipe(
+        losses=attributes,
+        purifier=attribute_purifier,
+        samples=attribute_samples,
+        energy="attributes",
+        given=True,
+    ),
     "hat": replace(
         _of_images(hat, given=True, temperature=SMALL),
         purifier=hat_purifier,

@@ -25,6 +25,7 @@ class LatentSettings:
         posterior: short-run chains of latents of an image; also those that purify by latents.
         image: chains in image space, of density exp(−E/T); its temperature T is the energy's unit.
         latent_step_size: of the latents in chains of both, ≥ 0.
+        flow_time: of the flow along composed attributes, > 0; it takes the posterior's steps.
         magnitude: ≥ 0, weight of the mean squared energy, in units of T, where nothing else bounds
             an image energy.
         lr: Adam's highest learning rate of generator and encoder.
@@ -41,6 +42,7 @@ class LatentSettings:
     posterior: LangevinSettings = field(default_factory=lambda: _chain(20, 0.1))
     image: LangevinSettings = field(default_factory=lambda: _chain(20, 0.05))
     latent_step_size: float = 0.05
+    flow_time: float = 1.0
     magnitude: float = 0.01
     lr: float = 1e-3
     energy_lr: float = 2e-4
@@ -52,8 +54,8 @@ class LatentSettings:
         plain_numbers(self)
         if min(self.updates, self.batch) < 1:
             raise UsageError("updates and batch must be at least 1.")
-        if not min(self.sigma, self.lr, self.energy_lr, self.clip) > 0:
-            raise UsageError("sigma, learning rates and clip must be above 0.")
+        if not min(self.sigma, self.lr, self.energy_lr, self.clip, self.flow_time) > 0:
+            raise UsageError("sigma, learning rates, clip and flow_time must be above 0.")
         if not (self.latent_step_size >= 0 and self.magnitude >= 0 and 0 <= self.average < 1):
             raise UsageError(
                 "latent_step_size and magnitude must be 0 or more, and average in [0, 1)."

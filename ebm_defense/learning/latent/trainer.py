@@ -17,9 +17,9 @@ from ebm_defense.learning.checkpoints import refuse_another
 from ebm_defense.learning.draws import Draws, batch_of
 from ebm_defense.learning.energy import DivergedError
 from ebm_defense.learning.latent.model import Model
-from ebm_defense.learning.latent.recipes import RECIPES, Losses
+from ebm_defense.learning.latent.recipes import RECIPES, Labelled, Losses
 from ebm_defense.learning.latent.settings import LatentSettings
-from ebm_defense.purifiers.joint import JointPurifier
+from ebm_defense.purifiers.path import LatentPath
 from ebm_defense.storage.files import load_plain, save_state
 from ebm_defense.storage.state_dicts import about
 
@@ -45,18 +45,29 @@ class LatentTrainer:
         images: training images `[N, C, H, W]` in [0, 1].
         recipe: a name in `RECIPES`.
         settings: all numbers.
+        values: of each image's attributes, int64 `[N, attributes]`, where the recipe is of them.
 
     Raises:
-        UsageError: an unknown recipe, images outside [0, 1], NaN, or none.
+        UsageError: an unknown recipe, no attributes for one that is of them, images outside
+            [0, 1], NaN, or none.
     """
 
-    def __init__(self, model: Model, images: Tensor, recipe: str, settings: LatentSettings) -> None:
+    def __init__(
+        self,
+        model: Model,
+        images: Tensor,
+        recipe: str,
+        settings: LatentSettings,
+        values: Tensor | None = None,
+    ) -> None:
         check_training_images(images)
         if recipe not in RECIPES:
             raise UsageError(f"recipe is {recipe!r}; choose one of {', '.join(RECIPES)}.")
         self.model, self.name, self.settings = model, recipe, settings
         self.recipe = RECIPES[recipe]
-        self.images = images * 2.0 - 1.0
+        if self.recipe.energy == "attributes" and values is None:
+            raise UsageError(f"recipe {recipe} learns attributes, so images must have some.")
+        self.images, self.values = images * 2.0 - 1.0, values
         self.device = next(model.generator.parameters()).device
         learns = ("energy",) if self.recipe.given else tuple(model.networks)
         self.learning = {name: model.networks[name] for name in learns}
@@ -80,7 +91,7 @@ class LatentTrainer:
         averaged: dict[str, nn.Module] = {n: a.module for n, a in self.averaged.items()}
         return Model(**(self.model.networks | averaged))  # type: ignore[arg-type]
 
-    def purifier(self) -> JointPurifier:
+    def purifier(self) -> LatentPath:
         """Return what purifies with what has been learned."""
         return self.recipe.purifier(self.kept, self.settings)
 
@@ -109,7 +120,11 @@ class LatentTrainer:
             yield self._update()
 
     def _update(self) -> Update:
-        batch = batch_of(self.images, self.draws(self.done, self.settings.batch))
+        draws = self.draws(self.done, self.settings.batch)
+        batch = batch_of(self.images, draws)
+        if self.values is not None:
+            values = batch_of(self.values, draws).images
+            batch = Labelled(images=batch.images, draws=draws, values=values)
         losses = self.recipe.losses(self.model, batch, self.settings)
         update = Update(self.done + 1, {name: float(v.detach()) for name, v in losses.items()})
         if not all(abs(value) < LIMIT for value in update.losses.values()):
