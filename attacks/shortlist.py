@@ -46,9 +46,9 @@ class Shortlist:
     def __init__(self, originals: Tensor, size: int) -> None:
         count = len(originals)
         self._best = originals.new_empty((size - 1, *originals.shape))
-        self._margins = torch.full((size - 1, count), torch.inf)
+        self._margins = torch.full((size - 1, count), torch.inf, dtype=torch.float32)
         self._steps = torch.zeros((size - 1, count), dtype=torch.int64)
-        self._last, self._last_margins = originals.clone(), torch.zeros(count)
+        self._last, self._last_margins = originals.clone(), self._margins.new_zeros(count)
         self._last_steps = torch.zeros(count, dtype=torch.int64)
         self._offered = torch.zeros(count, dtype=torch.bool)
 

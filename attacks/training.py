@@ -45,7 +45,7 @@ class TrainingPerturbation:
     ) -> Tensor:
         """Return `images` `[b, C, H, W]` perturbed to raise the loss."""
         norm, eps = NORMS[self.threat.norm], self.threat.eps
-        start = 2.0 * torch.rand(images.shape, generator=generator) - 1.0
+        start = 2.0 * torch.rand(images.shape, generator=generator, dtype=torch.float32) - 1.0
         delta = norm.project(start.to(images) * eps, eps, -inf, inf)
         for _ in range(self.steps):
             delta.requires_grad_()
@@ -82,7 +82,7 @@ class InputPerturbation:
     ) -> Tensor:
         """Return `images` `[b, C, H, W]` perturbed within eps and [0, 1] to raise the loss."""
         threat = ThreatModel(norm=self.norm, eps=eps)
-        start = 2.0 * torch.rand(images.shape, generator=generator) - 1.0
+        start = 2.0 * torch.rand(images.shape, generator=generator, dtype=torch.float32) - 1.0
         x = threat.project(images + start.to(images) * eps, images)
         size = eps * (1.25 if steps == 1 else 1.5 / steps)
         for _ in range(steps):

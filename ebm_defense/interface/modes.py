@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ebm_defense.errors import UsageError
 
 DEPTH = 8
 """How far modules are looked for behind functions that call functions."""
@@ -38,13 +41,26 @@ def evaluating(*parts: object, trying: Try | None = None) -> Iterator[None]:
     Args:
         *parts: modules, and functions that use some.
         trying: uses the parts once, briefly; modules are found, too, that only a call shows.
+
+    Raises:
+        UsageError: lazy modules that have no weights yet.
     """
     with torch.inference_mode(False), ExitStack() as stack:
         known = modules_of(*parts)
+        _refuse_lazy(known)
         _enter(stack, known)
         if trying is not None:
             _enter(stack, called_by(trying, known))
         yield
+
+
+def _refuse_lazy(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        if any(is_lazy(value) for value in module.parameters(recurse=False)):
+            raise UsageError(
+                f"a {type(module).__name__} of the model waits for a first batch to have weights; "
+                "call the model once before it is evaluated."
+            )
 
 
 def _enter(stack: ExitStack, modules: list[nn.Module]) -> None:

@@ -71,7 +71,8 @@ def logits_of(output: Any, images: Tensor) -> Tensor:
 
 def _find(output: Any, images: Tensor) -> Tensor:
     if isinstance(output, Tensor | np.ndarray):
-        return torch.as_tensor(output)
+        dense = torch.as_tensor(output)
+        return dense if dense.layout == torch.strided else dense.to_dense()
     if isinstance(output, Mapping) and FIELD in output:
         return _find(output[FIELD], images)
     if hasattr(output, FIELD):

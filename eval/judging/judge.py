@@ -122,7 +122,7 @@ def judge_once(
     return Judgement(
         stands=found.stands.double().cpu(),
         undecided=~found.decided.cpu(),
-        votes=(found.right / found.draws).cpu(),
+        votes=(found.right.float() / found.draws).cpu(),
         draws=found.draws.cpu(),
         images=images,
         logits=shared[0],
@@ -169,7 +169,7 @@ class Judge:
         self.rule: Rule = rule or TwoStage()
         self._stands = torch.ones(len(labels), dtype=torch.bool)
         self._broken_at = torch.full((len(labels),), STANDS)
-        self._votes = torch.full((len(labels),), float("nan"))
+        self._votes = torch.full((len(labels),), float("nan"), dtype=torch.float32)
         self._draws = torch.zeros(len(labels), dtype=torch.int64)
         self._looks = torch.zeros(len(labels), dtype=torch.int64)
         self._undecided = torch.zeros(len(labels), dtype=torch.bool)
@@ -254,7 +254,7 @@ class Judge:
         self._enter(Ruling(*(found.cpu() for found in ruling)), rows, step)
 
     def _enter(self, ruling: Ruling, rows: Tensor, step: int) -> None:
-        self._votes[rows] = ruling.right / ruling.draws
+        self._votes[rows] = ruling.right.float() / ruling.draws
         self._draws[rows] = ruling.draws
         broken = rows[~ruling.stands]
         self._stands[broken] = False

@@ -219,7 +219,9 @@ class Selector:
         if len(lacking):
             images = self._admit(returned[lacking], lacking)
             last = self.attack.looks - 1
-            self._shortlist.offer(lacking, images, torch.zeros(len(lacking)), last)
+            self._shortlist.offer(
+                lacking, images, torch.zeros(len(lacking), dtype=torch.float32), last
+            )
         going = (~self._left).nonzero().flatten()
         kept = Candidates(*(values[:, going] for values in self._shortlist.candidates()))
         margins = kept.margins
@@ -305,6 +307,6 @@ def worst_place(
         refuse_nan(logits, own)
         return mean_margins(defense, logits, labels[some])
 
-    none = torch.zeros(filled.shape)
+    none = torch.zeros(filled.shape, dtype=torch.float32)
     candidates = Candidates(images, none, none.long(), filled)
     return strongest(candidates, draw_margins(candidates, draw))

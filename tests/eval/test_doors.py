@@ -467,6 +467,16 @@ def test_a_whole_defense_in_another_precision(dtype, energy):
     assert all(p.dtype == dtype for p in defense.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_the_caller_s_default_dtype_changes_nothing(door, dtype):
+    model = network()
+    torch.set_default_dtype(dtype)
+    try:
+        door(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_the_caller_s_generator_is_not_touched(door):
     before = torch.get_rng_state()
     loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=4)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ebm_defense import PurifiedClassifier
+from ebm_defense import PurifiedClassifier, UsageError
 from ebm_defense.interface.modes import called_by, evaluating, modules_of
 from ebm_defense.purifiers.baselines import NoPurifier
 
@@ -130,6 +130,11 @@ def test_what_fails_shows_what_was_called_before():
 
     assert len(called_by(fail)) == len(list(net.modules()))
     assert int(net[1].num_batches_tracked) == 0
+
+
+def test_lazy_modules_without_weights_are_refused_in_a_sentence():
+    with pytest.raises(UsageError, match="call the model once"), evaluating(nn.LazyLinear(2)):
+        pass
 
 
 def test_a_defense_s_hidden_modules_are_not_trained_by_an_evaluation():
