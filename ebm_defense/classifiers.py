@@ -108,9 +108,10 @@ class Normalized(nn.Module):
         self.register_buffer("std", std.view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
         if self.size is not None and tuple(x.shape[-2:]) != self.size:
             x = F.interpolate(x, self.size, mode="bilinear", antialias=True, align_corners=False)
-        return self.classifier((x - self.mean) / self.std)
+        return self.classifier(((x - self.mean) / self.std).to(dtype))
 
 
 def normalized(
@@ -128,10 +129,12 @@ def normalized(
         size: the height and width the classifier wants; bilinear with antialiasing.
 
     Raises:
-        UsageError: a std that is not above 0.
+        UsageError: a std that is not above 0, or a mean beyond 1, of pixels from 0 to 255.
     """
     centre, scale = torch.as_tensor(mean).float(), torch.as_tensor(std).float()
     if not bool((scale > 0).all()):
         raise UsageError(f"std must be above 0 in every channel, not {std}.")
+    if bool((centre.abs() > 1).any()):
+        raise UsageError(f"mean must lie in [0, 1], not {mean}; divide it, and std, by 255.")
     pair = (size, size) if isinstance(size, int) else size
     return Normalized(classifier, centre, scale, pair)

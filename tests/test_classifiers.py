@@ -165,3 +165,15 @@ def test_mean_and_std_are_buffers_and_not_parameters():
 def test_a_std_that_is_not_above_zero_is_refused(std):
     with pytest.raises(UsageError, match="std"):
         normalized(nn.Identity(), 0.5, std)
+
+
+def test_a_normalisation_of_pixels_up_to_255_is_refused():
+    with pytest.raises(UsageError, match="divide it, and std, by 255"):
+        normalized(nn.Identity(), (123.7, 116.3, 103.5), (58.4, 57.1, 57.4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_normalised_classifier_in_half_precision(dtype):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).to(dtype)
+    images = torch.rand((2, 3, 2, 2), dtype=dtype)
+    assert normalized(net, 0.5, 0.25)(images).dtype == dtype

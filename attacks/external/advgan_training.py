@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from ebm_defense.attacks.base import attack_replicates
 from ebm_defense.attacks.external.advgan import Generator, GeneratorSettings, within
 from ebm_defense.attacks.gradients.base import Gradient, Identity
+from ebm_defense.attacks.model_checks import classes_of
 from ebm_defense.attacks.threat import ThreatModel
-from ebm_defense.defense import PurifiedClassifier
+from ebm_defense.defense import as_defense
 from ebm_defense.errors import UsageError
-from ebm_defense.interface.images import check_training_images
+from ebm_defense.interface.inputs import read_training_data
+from ebm_defense.interface.modes import evaluating
 from ebm_defense.interface.numbers import plain_numbers
 from ebm_defense.learning.checkpoints import refuse_another
 from ebm_defense.noise import chain_keys, derive_seed
@@ -92,9 +94,9 @@ class AdvGANTrainer:
     """Trains a generator; iterate `run()`, which gives `Update`s.
 
     Args:
-        defense: what is attacked: a defense, or a bare classifier as one.
-        images: training images `[N, C, H, W]` in [0, 1].
-        labels: their classes `[N]`.
+        defense: what is attacked: a defense or any classifier of [0, 1] images.
+        images: training images `[N, C, H, W]` in [0, 1], as `read_training_data` takes them.
+        labels: their classes `[N]`; None where `images` is a data set or a data loader.
         threat: what may change.
         recipe: all settings.
         gradient: how the defense is differentiated.
@@ -105,15 +107,18 @@ class AdvGANTrainer:
 
     def __init__(
         self,
-        defense: PurifiedClassifier,
-        images: Tensor,
-        labels: Tensor,
+        defense: Callable[[Tensor], Tensor],
+        images: Any,
+        labels: Any,
         threat: ThreatModel,
         recipe: AdvGANRecipe,
         gradient: Gradient | None = None,
     ) -> None:
-        check_training_images(images, labels)
-        self.defense, self.images, self.labels = defense, images, labels
+        self.defense = as_defense(defense)
+        images, labels = read_training_data(images, labels, self.defense.classifier)
+        with evaluating(self.defense):
+            classes_of(self.defense, images, labels)
+        self.images, self.labels = images, labels
         self.threat, self.recipe, self.gradient = threat, recipe, gradient or Identity()
         settings = GeneratorSettings(channels=images.shape[1], width=recipe.width)
         with torch.random.fork_rng():

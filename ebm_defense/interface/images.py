@@ -43,15 +43,6 @@ def check_images(images: Tensor, *, slack: float = ROUNDING, name: str = "images
         )
 
 
-def check_training_images(images: Tensor, labels: Tensor | None = None) -> None:
-    """Refuse what nothing can be learned from: as `check_images`, labels unlike them, or none."""
-    check_images(images, name="training images")
-    if labels is not None:
-        check_labels(labels, images)
-    if not len(images):
-        raise UsageError("there are no training images.")
-
-
 def _hint(images: Tensor) -> str:
     """Return what would make a batch of images of a tensor, where that is plain."""
     if images.ndim == 4:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebm_defense.errors import UsageError
 from ebm_defense.interface.images import check_images, check_labels
+from ebm_defense.interface.modes import own_dtype
 
 IMAGE_KEYS = ("image", "images", "img", "pixel_values", "input", "inputs", "x")
 LABEL_KEYS = ("label", "labels", "target", "targets", "fine_label", "class", "y")
@@ -55,6 +56,36 @@ def read_images(images: Any, *, name: str = "images") -> Tensor:
     pixels = as_images(images, name).detach()
     check_images(pixels, name=name)
     return _ordinary(pixels)
+
+
+def read_training_images(images: Any, network: nn.Module | None = None) -> Tensor:
+    """Return images to learn from, as `read_images`, in the dtype of the network that learns.
+
+    Args:
+        images: as `read_images` takes them, or a data set or a data loader with or without labels.
+        network: what learns; float32 where none is given, or its weights have several dtypes.
+
+    Raises:
+        UsageError: as `read_images`, or there are none.
+    """
+    if not isinstance(images, Tensor | np.ndarray | Sequence):
+        images, _ = _read_all(images)
+    pixels = read_images(images, name="training images")
+    if not len(pixels):
+        raise UsageError("there are no training images.")
+    return pixels.to((network and own_dtype(network)) or torch.float32)
+
+
+def read_training_data(
+    images: Any, labels: Any = None, network: nn.Module | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return images and labels to learn from, as `read_batch` and `read_training_images`."""
+    if labels is None:
+        images, labels = read_batch(images)
+    pixels = read_training_images(images, network)
+    classes = read_labels(labels)
+    check_labels(classes, pixels)
+    return pixels, classes.to(pixels.device)
 
 
 def as_images(images: Any, name: str = "images") -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.modes import in_eval_mode, modules_of
 from ebm_defense.noise import working_dtype
 from ebm_defense.runtime.memory import is_full
 
@@ -35,6 +36,17 @@ def told(images: Tensor) -> Iterator[None]:
             f"the model cannot take images of shape {tuple(images.shape[1:])} and type "
             f"{images.dtype}: {reason(error)}{_layout(images)}."
         ) from error
+
+
+def try_energy(energy: Callable[[Tensor], Tensor], images: Tensor) -> None:
+    """Refuse images `[N, C, H, W]` in [0, 1] that an energy cannot take, before any long work.
+
+    Raises:
+        UsageError: what it says of the first of them.
+    """
+    device = next((w.device for m in modules_of(energy) for w in m.parameters()), images.device)
+    with told(images), torch.no_grad(), in_eval_mode(modules_of(energy)):
+        energy(images[:1].to(device) * 2.0 - 1.0)
 
 
 def reason(error: Exception) -> str:

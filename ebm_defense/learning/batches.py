@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ebm_defense.data import Images
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.inputs import read_training_data
 from ebm_defense.interface.numbers import plain_numbers
 from ebm_defense.noise import derive_seed
 
@@ -44,6 +45,9 @@ class Batches:
 
     def __post_init__(self) -> None:
         plain_numbers(self)
+        object.__setattr__(self, "data", Images(*read_training_data(*self.data)))
+        if self.extra is not None:
+            object.__setattr__(self, "extra", Images(*read_training_data(*self.extra)))
         most = len(self.data.labels)
         if not 1 <= self.own <= most:
             raise UsageError(f"a batch must hold from 1 to {most} of the images, not {self.own}.")

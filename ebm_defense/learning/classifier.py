@@ -6,16 +6,18 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebm_defense.errors import UsageError
-from ebm_defense.interface.images import PURIFIED, check_images, check_labels, check_training_images
+from ebm_defense.interface.images import PURIFIED, check_images, check_labels
+from ebm_defense.interface.inputs import read_labels, read_training_data
 from ebm_defense.interface.modes import in_eval_mode, modules_of
 from ebm_defense.interface.numbers import plain_numbers
+from ebm_defense.interface.outputs import logits_of, told
 from ebm_defense.learning.batches import augmented
 from ebm_defense.learning.checkpoints import refuse_another
 from ebm_defense.precision.names import resolve_precision
@@ -77,30 +79,33 @@ class ClassifierTrainer:
 
     Args:
         classifier: on [0, 1] images.
-        images: `[N, C, H, W]`, or a function from the number of a copy to them.
-        labels: true classes `[N]`.
+        images: `[N, C, H, W]` in [0, 1], as `read_training_data` takes them, or a function from the
+            number of a copy to them.
+        labels: true classes `[N]`; None where `images` is a data set or a data loader.
         recipe: all settings.
         precision: of the network's inner activations, one of `PRECISIONS`; "fastest" is
             bf16 where it is native, unchecked: accuracy shows what it costs.
         perturb: changes every batch before it is learned, for adversarial training.
 
     Raises:
-        UsageError: images outside [0, 1] or NaN, labels unlike them, or none.
+        UsageError: images outside [0, 1] or NaN, labels unlike them, none, or such as the
+            classifier cannot take.
     """
 
     def __init__(
         self,
         classifier: nn.Module,
-        images: Tensor | Copies,
-        labels: Tensor,
+        images: Any,
+        labels: Any,
         recipe: ClassifierRecipe,
         precision: str = "fastest",
         perturb: Perturb | None = None,
     ) -> None:
-        if isinstance(images, Tensor):
-            check_training_images(images, labels)
-        self.classifier, self.labels, self.recipe = classifier, labels, recipe
-        self.copies: Copies = (lambda _: images) if isinstance(images, Tensor) else images
+        if not callable(images):
+            images, labels = read_training_data(images, labels, classifier)
+            _refuse_unfit(classifier, images, labels)
+        self.classifier, self.labels, self.recipe = classifier, read_labels(labels), recipe
+        self.copies: Copies = images if callable(images) else lambda _: images
         self.perturb = perturb
         self.device = next(classifier.parameters()).device
         self.bf16 = resolve_precision(precision, self.device, torch.float32) == "bf16"
@@ -196,3 +201,14 @@ def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor, batch: int =
         for x, y in zip(images.split(batch), labels.split(batch), strict=True):
             right += int((classifier(x.to(device)).argmax(1).cpu() == y).sum())
     return right / max(len(labels), 1)
+
+
+def _refuse_unfit(classifier: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Refuse images that a classifier cannot take, or labels beyond its classes, at once."""
+    one = images[:1].to(next(classifier.parameters()).device)
+    with told(one), torch.no_grad(), in_eval_mode(modules_of(classifier)):
+        classes = logits_of(classifier(one), one).shape[1]
+    if classes <= (highest := int(labels.max())):
+        raise UsageError(
+            f"the classifier has {classes} classes, but the labels go up to {highest}."
+        )

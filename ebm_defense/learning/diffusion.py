@@ -14,7 +14,6 @@ from torch import Tensor
 from ebm_defense.data import Images
 from ebm_defense.denoisers.base import Denoiser, diffused
 from ebm_defense.errors import FailedRunError, UsageError
-from ebm_defense.interface.images import check_training_images
 from ebm_defense.interface.numbers import plain_numbers
 from ebm_defense.learning.batches import Batches, generator_of
 from ebm_defense.learning.checkpoints import refuse_another
@@ -82,7 +81,6 @@ class DiffusionTrainer:
     """
 
     def __init__(self, denoiser: Denoiser, data: Images, recipe: DiffusionRecipe) -> None:
-        check_training_images(data.images)
         self.denoiser, self.recipe = denoiser, recipe
         self.device = next(denoiser.parameters()).device
         self.batches = Batches(

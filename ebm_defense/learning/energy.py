@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ebm_defense.errors import FailedRunError, UsageError
-from ebm_defense.interface.images import check_training_images
+from ebm_defense.interface.inputs import read_training_images
+from ebm_defense.interface.outputs import try_energy
 from ebm_defense.learning.checkpoints import refuse_another
 from ebm_defense.learning.draws import Batch, Draws, batch_of
 from ebm_defense.learning.energy_objectives import EnergyObjective
@@ -53,7 +54,7 @@ class EnergyTrainer:
 
     Args:
         energy: the network, trained in place.
-        images: training images `[N, C, H, W]` in [0, 1].
+        images: training images `[N, C, H, W]` in [0, 1], as `read_training_images` takes them.
         recipe: all settings.
         precision: of the chains' inner activations, one of `PRECISIONS`; "fastest" takes
             bf16 unchecked where it is native, since an energy is learned by whatever chains it is
@@ -63,13 +64,14 @@ class EnergyTrainer:
         team: the processes that learn together, each of them with the same arguments.
 
     Raises:
-        UsageError: images outside [0, 1], NaN, or none; or a batch that the team cannot share.
+        UsageError: images outside [0, 1], NaN, none, or such as the energy cannot take; or a batch
+            that the team cannot share.
     """
 
     def __init__(
         self,
         energy: nn.Module,
-        images: Tensor,
+        images: Any,
         recipe: EnergyRecipe,
         precision: str = "fastest",
         *,
@@ -77,7 +79,8 @@ class EnergyTrainer:
         generator: nn.Module | None = None,
         team: Team | None = None,
     ) -> None:
-        check_training_images(images)
+        images = read_training_images(images, energy)
+        try_energy(energy, images)
         self.team = team or Team()
         self.team.refuse_uneven(recipe.batch, recipe.accumulate)
         self.energy, self.recipe, self.generator = energy, recipe, generator

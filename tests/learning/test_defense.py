@@ -255,7 +255,7 @@ def test_ten_bad_gradients_in_a_row_end_it_and_spoil_no_weight():
 
 
 def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
-    data = Images(torch.arange(12.0).view(12, 1, 1, 1), torch.arange(12))
+    data = Images(torch.arange(12.0).view(12, 1, 1, 1) / 12, torch.arange(12))
     batches = Batches(data=data, size=4, padding=0, flip=False)
     epochs = [torch.cat([batches.at(3 * e + i).labels for i in range(3)]) for e in range(2)]
     assert all(torch.equal(e.sort().values, data.labels) for e in epochs)

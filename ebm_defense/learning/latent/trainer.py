@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ebm_defense.errors import UsageError
-from ebm_defense.interface.images import check_training_images
+from ebm_defense.interface.inputs import read_training_images
 from ebm_defense.learning.checkpoints import refuse_another
 from ebm_defense.learning.draws import Draws, batch_of
 from ebm_defense.learning.energy import DivergedError
@@ -55,12 +55,12 @@ class LatentTrainer:
     def __init__(
         self,
         model: Model,
-        images: Tensor,
+        images: Any,
         recipe: str,
         settings: LatentSettings,
         values: Tensor | None = None,
     ) -> None:
-        check_training_images(images)
+        images = read_training_images(images, model.generator)
         if recipe not in RECIPES:
             raise UsageError(f"recipe is {recipe!r}; choose one of {', '.join(RECIPES)}.")
         self.model, self.name, self.settings = model, recipe, settings
