@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -13,10 +13,9 @@ import torch
 import tyro
 
 from ebm_defense.attacks import PGD, ThreatModel
-from ebm_defense.commands.main import from_file
 from ebm_defense.commands.options.photos import Photos, wanted_by
 from ebm_defense.commands.options.shared import Device, Fraction, resolve_device
-from ebm_defense.commands.training.train_ebm import TrainEbm
+from ebm_defense.commands.options.subject import Subject, subject_of
 from ebm_defense.data import customary_eps
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.purification_curve import Point, purification_curve, recommend
@@ -33,33 +32,13 @@ from ebm_defense.learning.diagnostics import Signs, signs_of
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers.langevin import LangevinPurifier
 from ebm_defense.storage.files import writable_folder, write_text
-from ebm_defense.storage.folders import RECIPE, learned_folder
-from ebm_defense.storage.weights import load_defense, load_energy, load_purifier
+from ebm_defense.storage.weights import load_defense
 
-PERSISTENT, BURN_IN = "persistent", "burn-in"
-SETTINGS, HISTORY, PAGE, FOUND = "settings.toml", "history.csv", "diagnosis.png", "diagnosis.toml"
+PAGE, FOUND = "diagnosis.png", "diagnosis.toml"
 
 
 APART = 2.0
 """How many times longer or shorter than a chain of learning lives a purification may be."""
-
-
-class Subject(NamedTuple):
-    """An energy, and how it is run.
-
-    Attributes:
-        energy: the network.
-        langevin: step size and temperature of its chains.
-        learned_steps: how long a chain lives in learning, or the purifier's own length.
-        data_noise: on training images, in [-1, 1] units.
-        history: d_s and r_s of learning, if they were kept.
-    """
-
-    energy: torch.nn.Module
-    langevin: LangevinSettings
-    learned_steps: int
-    data_noise: float
-    history: pd.DataFrame | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,43 +170,6 @@ class Diagnose:
         if (signs := _signs(subject)) is not None:
             plain["learning"] = signs._asdict()
         write_text(out / FOUND, tomli_w.dumps(plain))
-
-
-def subject_of(name: str) -> Subject:
-    """Read an energy and how it is run, from a folder of train-ebm or a defense.
-
-    Raises:
-        UsageError: neither of them, or without an energy.
-    """
-    folder = learned_folder(name)
-    return _defended(name) if folder is None else _trained(folder)
-
-
-def _trained(folder: Path) -> Subject:
-    """Read an energy alone, and how it was learned."""
-    said = next((f for n in (SETTINGS, RECIPE) if (f := folder / n).is_file()), folder / SETTINGS)
-    s: TrainEbm = from_file(TrainEbm, str(said))
-    settings = LangevinSettings(step_size=s.step_size, temperature=s.temperature)
-    energy = load_energy(folder)
-    history = folder / HISTORY
-    curves = pd.read_csv(history) if history.is_file() else None
-    return Subject(energy, settings, lived(s), s.data_noise, curves)
-
-
-def lived(s: TrainEbm) -> int:
-    """Return how long a chain lived in learning: of one that was never renewed, all its visits."""
-    if s.start == BURN_IN:
-        return 2 * s.langevin_steps * s.burn_in_visits
-    if s.start != PERSISTENT:
-        return s.langevin_steps
-    visits = max(s.updates * s.batch / s.bank, 1.0)
-    return round(s.langevin_steps * min(1.0 / max(s.rejuvenation, 1e-9), visits))
-
-
-def _defended(name: str) -> Subject:
-    energy, purifier = load_energy(name), load_purifier(name)
-    settings = LangevinSettings(**purifier.numbers)  # type: ignore[arg-type]
-    return Subject(energy, settings, settings.steps, 2 * settings.step_size, None)
 
 
 def _signs(subject: Subject) -> Signs | None:

@@ -14,9 +14,9 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from ebm_defense.commands.diagnose import Subject, subject_of
 from ebm_defense.commands.options.photos import Photos, wanted_by
 from ebm_defense.commands.options.shared import Device, resolve_device
+from ebm_defense.commands.options.subject import Subject, subject_of
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.mixing import Mixing, class_mixing, starts_to_mix
 from ebm_defense.eval.reporting.figures.landscape import draw_landscape

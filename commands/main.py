@@ -79,6 +79,7 @@ COMMANDS: dict[str, Entry] = {
     "train-advgan": Entry(
         "training.train_advgan", "TrainAdvgan", "train a generator of attacks, AdvGAN"
     ),
+    "sample": Entry("sample", "Sample", "draw images from an energy, reconstruct, interpolate"),
     "diagnose": Entry("diagnose", "Diagnose", "say whether an energy's chains converge"),
     "landscape": Entry("landscape", "LandscapeCommand", "map an energy's basins and barriers"),
     "assemble": Entry(

@@ -8,6 +8,7 @@ from torch import nn
 
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
 from ebm_defense.energies.over_prior import OverPrior, OverPriorSettings
+from ebm_defense.energies.points import PointEnergy, PointEnergySettings
 from ebm_defense.energies.residual import ResidualEnergy, ResidualEnergySettings
 
 
@@ -22,5 +23,6 @@ ENERGIES: dict[str, Network] = {
     "ConvEnergy": Network(ConvEnergySettings, ConvEnergy),
     "ResidualEnergy": Network(ResidualEnergySettings, ResidualEnergy),
     "OverPrior": Network(OverPriorSettings, OverPrior),
+    "PointEnergy": Network(PointEnergySettings, PointEnergy),
 }
 """By the names of their classes; the first is what a folder that names none holds."""

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from ebm_defense.commands.diagnose import Subject, _lifetime, lived
+from ebm_defense.commands.diagnose import _lifetime
+from ebm_defense.commands.options.subject import Subject, lived
 from ebm_defense.commands.training.train_ebm import TrainEbm
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.storage.folders import write_sums

@@ -23,10 +23,11 @@ def test_help_lists_every_command(run) -> None:
 
 POSITIONAL: dict[str, set[str]] = {
     "audit": {"defense"},
-    "checkpoints": {"action", "name"},
+    "checkpoints": {"action", "name", "target"},
     "diagnose": {"energy"},
     "precision": {"defense"},
     "purify": {"images"},
+    "sample": {"energy"},
     "merge": {"runs"},
     "compare": {"runs"},
     "verify": {"folder"},
