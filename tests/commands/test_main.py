@@ -26,6 +26,7 @@ POSITIONAL: dict[str, set[str]] = {
     "checkpoints": {"action", "name", "target"},
     "diagnose": {"energy"},
     "precision": {"defense"},
+    "landscape": {"energy"},
     "purify": {"images"},
     "sample": {"energy"},
     "merge": {"runs"},
