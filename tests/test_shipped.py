@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from ebm_defense import load_data, load_defense, load_energy, load_purifier
+from ebm_defense.commands.main import parse
+from ebm_defense.commands.training.train_ebm import TrainEbm
 from ebm_defense.noise import KeyedNoise, chain_keys
-from ebm_defense.storage.folders import shipped, shipped_folder, verify
+from ebm_defense.storage.folders import learned, shipped, shipped_folder, verify
 
 NAMES = [
     "fashion-mnist",
@@ -28,6 +30,24 @@ def test_these_ship_each_with_a_card_and_hashes() -> None:
         assert settings.description
         card = (shipped_folder() / name / "README.md").read_text(encoding="utf-8")
         assert all(word in card for word in ("Recipe", "Data", "Licence", "ebm-defense train-"))
+
+
+ENERGIES = ["fashion-mnist-midrun"]
+
+
+def test_these_energies_ship_alone_each_with_its_recipe_card_and_hashes() -> None:
+    assert learned() == ENERGIES
+    for name in ENERGIES:
+        folder = shipped_folder() / name
+        verify(folder)
+        assert sum(file.stat().st_size for file in folder.iterdir()) < 1_500_000
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert all(word in card for word in ("Recipe", "Data", "Licence", "Measured"))
+        command = parse(TrainEbm, "train-ebm", ["--recipe", name, "--out", "somewhere"])
+        energy = load_energy(name)
+        said = energy.settings
+        assert (command.width, command.activation) == (said.width, said.activation)
+        assert energy(load_data("fashion-mnist-sample", limit=2).images).shape == (2,)
 
 
 @pytest.mark.parametrize("name", NAMES)
