@@ -23,6 +23,7 @@ from ebm_defense.eval.reporting.figures.landscape import draw_landscape
 from ebm_defense.landscape import Attraction, Landscape, explore
 from ebm_defense.purifiers.langevin import LangevinPurifier
 from ebm_defense.storage.files import save_tensors, writable_folder, write_text
+from ebm_defense.storage.folders import names_folder
 from ebm_defense.storage.weights import load_defense
 
 PICTURE, FOUND, MINIMA = "landscape.png", "landscape.toml", "minima.safetensors"
@@ -43,8 +44,9 @@ class LandscapeCommand:
     """A shipped defense, a defense folder, or the folder that train-ebm wrote."""
     out: Path = Path("landscape")
     """Folder for the picture and the numbers."""
-    classifier: str = "fashion-mnist"
-    """The defense whose undefended classifier tells classes."""
+    classifier: str | None = None
+    """The defense whose classifier tells the classes of images with the chain's noise on them; if
+    not given the energy's own, or fashion-mnist's undefended one for an energy alone."""
     data: str = "fashion-mnist-sample"
     """Data set."""
     data_root: Path | None = None
@@ -94,7 +96,7 @@ class LandscapeCommand:
         out = writable_folder(self.out)
         images = source.take(self.images).images.to(device)
         followed = source.take(min(self.mixing_images, len(source.labels))).images.to(device)
-        classifier = load_defense(self.classifier).undefended.to(device)
+        classifier = self._classifier().to(device)
         settings = self._attraction(subject)
         with tqdm(total=1.0, desc="chains", bar_format="{l_bar}{bar}") as bar:
             found = explore(
@@ -112,6 +114,12 @@ class LandscapeCommand:
         print(_text(found, mixing, source.classes, settings, names))
         print(f"picture and numbers are in {out}")
         return 0
+
+    def _classifier(self) -> torch.nn.Module:
+        """Return what tells classes: as a rule a classifier that knows what chains leave."""
+        if self.classifier is not None or names_folder(self.energy):
+            return load_defense(self.classifier or self.energy).classifier
+        return load_defense("fashion-mnist").undefended
 
     def _attraction(self, subject: Subject) -> Attraction:
         own = subject.langevin.temperature

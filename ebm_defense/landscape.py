@@ -32,7 +32,7 @@ LOWERED = 0.97
 
 @dataclass(frozen=True, kw_only=True)
 class Attraction:
-    """A chain under U(x)/T + α·‖x − x*‖₂ (Hill, Nijkamp, Zhu 2018, eq. 5).
+    """A chain under U(x)/T + α·‖x − x*‖₂ (Hill, Nijkamp, Zhu 2018).
 
     Attributes:
         temperature: T > 0.

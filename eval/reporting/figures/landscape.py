@@ -131,7 +131,7 @@ def _mixing(axis: Any, mixing: Sequence[Mixing], classes: Sequence[str]) -> None
         )  # fmt: skip
     axis.set(
         title="chains that have left their class", xlabel="Langevin steps K", ylabel="%",
-        xscale="symlog", ylim=(0, 100),
+        xscale="symlog", xlim=(0, None), ylim=(0, 100),
     )  # fmt: skip
 
 
