@@ -18,7 +18,7 @@ import torch
 from common import Options, Result, main, table
 from torch import nn
 
-from ebm_defense.attacks import APGD, PGD, Attack, Auto, CrossEntropy, ThreatModel, Transfer
+from ebm_defense.attacks import APGD, PGD, Auto, CrossEntropy, ThreatModel, Transfer
 from ebm_defense.classifiers import normalized
 from ebm_defense.data import load_data
 from ebm_defense.defense import PurifiedClassifier
@@ -28,6 +28,7 @@ from ebm_defense.eval.judging.statistics import Share, paired_p_value
 from ebm_defense.eval.reporting.table import interval, percent
 from ebm_defense.eval.storage.columns import WORST_OF_ALL
 from ebm_defense.learning.classifier import ClassifierRecipe, ClassifierTrainer
+from ebm_defense.purifiers.baselines import NoPurifier
 from ebm_defense.storage.files import load_tensors, save_tensors
 from ebm_defense.storage.weights import load_defense, load_purifier
 
@@ -43,11 +44,13 @@ class Row:
         title: what the table calls it.
         make: makes it; takes the folder of what is made on the way.
         against: the key of the row that it is tested against, on the same images.
+        most: how many images protocol `standard` attacks at most.
     """
 
     title: str
     make: Callable[[Path], PurifiedClassifier]
-    against: str | None = None
+    against: str = ""
+    most: int = 10_000
 
 
 def shipped(name: str) -> Callable[[Path], PurifiedClassifier]:
@@ -62,7 +65,9 @@ def shipped(name: str) -> Callable[[Path], PurifiedClassifier]:
 
 def natural(_: Path) -> PurifiedClassifier:
     """Return the classifier behind the energy alone, as it was trained: naturally."""
-    return PurifiedClassifier(load_defense(ENERGY).classifier, verdict_precision=EXACT)
+    return PurifiedClassifier(
+        load_defense(ENERGY).classifier, NoPurifier(), verdict_precision=EXACT
+    )
 
 
 def before_another(out: Path) -> PurifiedClassifier:
@@ -77,7 +82,9 @@ ROWS: dict[str, Row] = {
     "adversarial": Row("(c) adversarial training, no purifier", shipped(CONTROL)),
     "gaussian": Row("(d) Gaussian noise, trained through it", shipped(NOISE), "adversarial"),
     "energy": Row("(a) energy before the natural wide ResNet", shipped(ENERGY), "gaussian"),
-    "another": Row("(a) before a natural network that it never saw", before_another, "gaussian"),
+    "another": Row(
+        "(a) before a natural network that it never saw", before_another, "gaussian", most=64
+    ),
     "together": Row(
         "(b) energy and classifier together", shipped("fashion-mnist-together"), "adversarial"
     ),
@@ -120,8 +127,12 @@ class Defenses(Options):
     """Which rows; trades is a defense folder of that name in OUT."""
     images: int = 300
     """How many test images are attacked by protocol `standard`."""
+    chained: int = 128
+    """How many of them where a chain is gone through, which is dear."""
     many: int = 1000
     """How many are attacked cheaply, and measured clean."""
+    many_chained: int = 500
+    """How many of them where a chain is gone through."""
     eps: float = 0.1
     """Largest Linf perturbation, in [0, 1] units."""
     steps: int = 20
@@ -135,16 +146,20 @@ class Defenses(Options):
         """Evaluate each row twice and set them side by side."""
         if unknown := set(self.only) - set(ROWS):
             raise UsageError(f"unknown row {min(unknown)!r}; choose among {', '.join(ROWS)}.")
-        strong = {key: self._evaluate(key, "standard", self.images) for key in self.only}
-        cheap = {key: self._evaluate(key, "cheap", self.many) for key in self.only}
+        strong = {key: self._evaluate(key, "standard") for key in self.only}
+        cheap = {key: self._evaluate(key, "cheap") for key in self.only}
         shown = table(_line(key, strong, cheap[key]) for key in self.only)
-        return Result("defenses", f"{shown}\n\n{self._caption()}", self.images * len(self.only))
+        size = sum(len(report.records) for report in strong.values())
+        return Result("defenses", f"{shown}\n\n{self._caption()}", size)
 
-    def _evaluate(self, key: str, kind: str, count: int) -> Report:
+    def _evaluate(self, key: str, kind: str) -> Report:
+        defense = ROWS[key].make(self.out)
+        chain, cheap = bool(defense.purifier.chain_steps), kind == "cheap"
+        protocol = self._cheap(defense) if cheap else self._standard()
+        counts = (self.many, self.many_chained) if cheap else (self.images, self.chained)
+        count = counts[chain] if cheap else min(counts[chain], ROWS[key].most)
         data = load_data("fashion-mnist", "test", count)
-        protocol = self._standard() if kind == "standard" else self._cheap()
-        run = Path(self.out) / kind / key
-        return evaluate(ROWS[key].make(self.out), *data, protocol, seed=self.seed, out=run)
+        return evaluate(defense, *data, protocol, seed=self.seed, out=self.out / kind / key)
 
     def _standard(self) -> Protocol:
         return get_protocol(
@@ -152,21 +167,22 @@ class Defenses(Options):
             judge_replicates=self.judge_replicates, selection_replicates=self.judge_replicates,
         )  # fmt: skip
 
-    def _cheap(self) -> Protocol:
-        """Return the transfer from (c), and PGD and APGD through the chain."""
+    def _cheap(self, defense: PurifiedClassifier) -> Protocol:
+        """Return the transfer from (c) and PGD through the chain, whose last images are judged; and
+        APGD where no noise makes it dear.
+        """
         threat, replicates = ThreatModel(eps=self.eps), self.replicates
         pgd = PGD(
             threat=threat, steps=self.steps, step_size=self.eps / 4, replicates=replicates,
             gradient=Auto(),
         )  # fmt: skip
-        apgd = APGD(
-            threat=threat, steps=self.steps, replicates=replicates, gradient=Auto(),
-            loss=CrossEntropy(),
-        )  # fmt: skip
         source = load_defense(CONTROL).requires_grad_(False)
         moved = Transfer(attack=pgd, replicates=replicates, source=source, label=CONTROL)
-        attacks: tuple[Attack, ...] = (moved, pgd, apgd)
-        return Protocol(name="cheap", attacks=attacks, judge_replicates=self.judge_replicates)
+        apgd = APGD(threat=threat, steps=self.steps, gradient=Auto(), loss=CrossEntropy())
+        attacks = (moved, pgd) if defense.purifier.stochastic else (moved, pgd, apgd)
+        return Protocol(
+            name="cheap", attacks=attacks, judge_replicates=self.judge_replicates, looks="last"
+        )
 
     def _caption(self) -> str:
         return (
@@ -174,30 +190,39 @@ class Defenses(Options):
             f"{self.eps:g}, by the prediction as it is deployed (the mean logits of 16 draws). "
             f"Strongest: what stands under all of protocol standard ({self.steps} steps of each "
             f"attack, {50 * self.steps} queries of Square, {self.replicates} attack replicate), "
-            f"{self.images} images, the same in every row; the image to judge is selected on "
+            f"on {self.images} images, on the first {self.chained} or fewer of them where there is "
+            "a chain to go through; the image to judge is selected on "
             f"{self.judge_replicates} draws and judged once on {self.judge_replicates} others. "
-            f"Clean, transfer (PGD-{self.steps} on {CONTROL}), PGD-{self.steps} and "
-            f"APGD-{self.steps} on cross-entropy through the chain: {self.many:,} images. p: "
-            "paired test on the same images, against the row named. Verdicts in fp32, seed "
+            f"Clean, transfer (PGD-{self.steps} on {CONTROL}), PGD-{self.steps} (steps of eps/4) "
+            f"and, where nothing is random, APGD-{self.steps} on cross-entropy through the chain: "
+            f"{self.many:,} images ({self.many_chained:,} where there is a chain), the last "
+            "iterate judged. "
+            "Paired: points of the strongest attack ahead of the row named and the paired test's "
+            "p, on the images that both have. Verdicts in fp32, seed "
             f"{self.seed}."
         )
 
 
 def _line(key: str, strong: Mapping[str, Report], cheap: Report) -> dict[str, str]:
     row, report = ROWS[key], strong[key]
-    tested = row.against in strong
-    rival = strong[row.against] if row.against and tested else report
-    p = paired_p_value(report.outcomes(WORST_OF_ALL), rival.outcomes(WORST_OF_ALL))
     return {
         "defense": row.title,
         "clean": _said(cheap.share(cheap.natural_column())),
         "transfer": _said(cheap.robust(0)),
         "PGD": _said(cheap.robust(1)),
-        "APGD": _said(cheap.robust(2)),
+        "APGD": _said(cheap.robust(2)) if len(cheap.protocol.attacks) > 2 else "–",
         "strongest": _said(report.robust()),
         "images": f"{len(report.records):,}",
-        "p": f"{p:.2g} against {_letter(row.against)}" if row.against and tested else "–",
+        "paired": _tested(report, strong[row.against], row) if row.against in strong else "–",
     }
+
+
+def _tested(report: Report, rival: Report, row: Row) -> str:
+    """Return how far a row is ahead of its rival on the images that both have, and p."""
+    both = min(len(report.records), len(rival.records))
+    one, two = (r.outcomes(WORST_OF_ALL)[:both].astype(float) for r in (report, rival))
+    ahead = 100 * float((one - two).mean())
+    return f"{ahead:+.1f} to {_letter(row.against)}, p = {paired_p_value(one, two):.2g}"
 
 
 def _letter(key: str) -> str:

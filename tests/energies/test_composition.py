@@ -9,8 +9,7 @@ import torch
 
 from ebm_defense import LangevinPurifier, QuadraticEnergy, UsageError
 from ebm_defense.energies.composition import And, Not, Or
-from ebm_defense.langevin import LangevinSettings, Trace, run_chain
-from ebm_defense.learning.convergence import mixing
+from ebm_defense.langevin import LangevinSettings, run_chain
 from ebm_defense.noise import KeyedNoise, chain_keys
 
 T = 0.04
@@ -112,43 +111,3 @@ def test_what_makes_no_composition_is_refused() -> None:
         Not(FIRST, SECOND, -1.0)
     with pytest.raises(UsageError, match="one number an image"):
         And(FIRST, lambda x: x)(points(2))
-
-
-# Adjusted chains have the law exactly, whatever their step; that parallel ones agree on it is what
-# R-hat tells (Vehtari et al. 2021). Each is of a hundred chains from far apart.
-
-
-def mixed(energy, step_size: float, steps: int) -> torch.Tensor:
-    """Run parallel adjusted chains, and return the second half of their states `[c, s, 2]`."""
-    noise = KeyedNoise(chain_keys(1, "composition", range(100), range(1))[0])
-    x, trace = points(100) * 0.5, Trace()
-    settings = LangevinSettings(steps=steps, step_size=step_size, temperature=T, adjusted=True)
-    run_chain(x, noise, energy=energy, settings=settings, trace=trace, snapshots=range(steps + 1))
-    states = torch.stack([trace.snapshots[k] for k in range(1, steps + 1)], dim=1).flatten(2)
-    for pixel in range(2):
-        # `mixing` looks at the second half.
-        rhat, bulk, _ = mixing(states[..., pixel])
-        assert rhat < 1.01
-        assert bulk > 2000
-    return states[:, steps // 2 :]
-
-
-def assert_moments(states: torch.Tensor, mean: list[float], variance: list[float]) -> None:
-    """Within 4.5 standard errors, taken from the hundred independent chains' own means."""
-    for values, expected in ((states, mean), ((states - torch.tensor(mean)).square(), variance)):
-        of_chains = values.mean(1)
-        error = of_chains.std(0) / math.sqrt(len(of_chains))
-        apart = (of_chains.mean(0) - torch.tensor(expected, dtype=torch.float64)).abs()
-        assert bool((apart < 4.5 * error).all())
-
-
-def test_product_mixture_and_quotient_are_sampled_exactly_by_chains_that_agree() -> None:
-    pytest.importorskip("arviz_stats", reason="the extra `diagnostics` is not installed")
-    product = mixed(And(FIRST, SECOND), 0.14, 900)
-    assert_moments(product, [-0.9 / 4, -0.35 / 2.5], [T / 4, T / 2.5])
-    near, far = gaussian((-0.25, 0.0), (1.0, 1.0)), gaussian((0.25, 0.0), (1.0, 1.0))
-    mixture = mixed(Or(near, far, sharpness=1 / T, weights=(1, 3)), 0.35, 1500)
-    assert_moments(mixture, [0.125, 0.0], [T + 0.25**2 * 0.75, T])
-    quotient = mixed(Not(FIRST, SECOND, 0.2), 0.24, 1800)
-    a = (1.0 - 0.6, 2.0 - 0.1)
-    assert_moments(quotient, [(0.3 + 0.24) / a[0], -0.41 / a[1]], [T / a[0], T / a[1]])
