@@ -125,6 +125,11 @@ class TrainDefense:
     """Share of the clean images' loss, for cross-entropy and margin."""
     reconstruction: float = 0.0
     """α, the weight of the purified images' mean squared distance from the originals."""
+    reconstruction_shape: float = 2.0
+    """Shape of Barron's robust loss in place of that square: 2 is the square, 1 a smooth absolute
+    value, 0 Cauchy's."""
+    reconstruction_scale: float = 0.1
+    """Its scale, in [0, 1] units: differences far below it count by their square."""
     likelihood: float = 0.0
     """λ, the weight of maximum likelihood beside the loss; 0 for none."""
     augment: str | None = None
@@ -193,6 +198,8 @@ class TrainDefense:
             draws=self.draws,
             objective=objective,
             reconstruction=self.reconstruction,
+            reconstruction_shape=self.reconstruction_shape,
+            reconstruction_scale=self.reconstruction_scale,
             likelihood=Likelihood(weight=self.likelihood) if self.likelihood else None,
             lr=self.lr,
             classifier_lr=self.classifier_lr,

@@ -21,6 +21,7 @@ from ebm_defense.learning.likelihood import LikelihoodTerm
 from ebm_defense.learning.objectives import Loss
 from ebm_defense.learning.parallel import Team
 from ebm_defense.learning.recipe import DefenseRecipe
+from ebm_defense.learning.robust import barron
 from ebm_defense.noise import GeneratorNoise, derive_seed
 from ebm_defense.precision.names import resolve_precision
 from ebm_defense.purifiers import Purifier
@@ -198,7 +199,7 @@ class DefenseTrainer:
         loss = r.objective(clean, logits, labels)
         if r.reconstruction:
             apart = found.purified[:, -len(images) :] - images
-            loss = loss + r.reconstruction * apart.square().mean()
+            loss = loss + r.reconstruction * self._apart(apart)
         if self.likelihood is not None:
             assert isinstance(self.purifier, LearnedChain)
             chain = self.purifier
@@ -208,6 +209,11 @@ class DefenseTrainer:
         self.learned.eval()
         self.done += 1
         self.sums += torch.tensor([float(loss.detach()), float(right), 1.0], dtype=torch.float64)
+
+    def _apart(self, apart: Tensor) -> Tensor:
+        """Return the mean of 2c²·ρ(apart), which is the mean square for the shape 2."""
+        shape, scale = self.recipe.reconstruction_shape, self.recipe.reconstruction_scale
+        return 2.0 * scale**2 * barron(apart, shape, scale).mean()
 
     def _descend(self, loss: Tensor) -> None:
         for group in self.optimiser.param_groups:

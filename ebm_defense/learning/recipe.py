@@ -9,6 +9,7 @@ from ebm_defense.errors import UsageError
 from ebm_defense.interface.numbers import plain_numbers
 from ebm_defense.learning.likelihood import Likelihood
 from ebm_defense.learning.objectives import Objective
+from ebm_defense.learning.robust import refuse_other
 
 LEARNS = ("energy", "classifier", "both")
 
@@ -27,6 +28,9 @@ class DefenseRecipe:
         objective: the loss.
         reconstruction: α ≥ 0: adds α times the mean squared distance of purified attacked images
             from the originals, in [0, 1] units, so that they are images to any classifier.
+        reconstruction_shape: α of Barron's robust loss in place of that square, at most 2, which is
+            the square; it is the square near 0 whatever α.
+        reconstruction_scale: its c > 0, in [0, 1] units.
         likelihood: what maximum likelihood adds; None for nothing.
         lr: AdamW's highest learning rate, that of the energy and its chain.
         classifier_lr: that of the classifier.
@@ -49,6 +53,8 @@ class DefenseRecipe:
     draws: int = 1
     objective: Objective = field(default_factory=Objective)
     reconstruction: float = 0.0
+    reconstruction_shape: float = 2.0
+    reconstruction_scale: float = 0.1
     likelihood: Likelihood | None = None
     lr: float = 3e-3
     classifier_lr: float = 2e-3
@@ -75,6 +81,7 @@ class DefenseRecipe:
             raise UsageError("learning rates and clip must be above 0, weight_decay 0 or more.")
         if not 0 <= self.reconstruction < float("inf"):
             raise UsageError(f"reconstruction must be 0 or more, not {self.reconstruction}.")
+        refuse_other(self.reconstruction_shape, self.reconstruction_scale)
         if not (self.eps >= 0 and 0 <= self.average < 1):
             raise UsageError(f"eps must be 0 or more and average in [0, 1), not {self.eps}.")
         if not (0 <= self.warmup < 1 and 0 <= self.eps_rise < 1):

@@ -175,6 +175,18 @@ def test_reconstruction_draws_purified_images_to_the_originals():
     assert distances[0] < distances[1]
 
 
+def test_a_robust_reconstruction_is_the_mean_square_near_zero_and_less_far_off():
+    apart = torch.tensor([0.001, -0.02, 0.9])
+    square, cauchy = (trainer_of(reconstruction=1.0, reconstruction_shape=a) for a in (2.0, 0.0))
+    torch.testing.assert_close(square._apart(apart), apart.square().mean())
+    torch.testing.assert_close(
+        cauchy._apart(apart[:1]), apart[:1].square().mean(), rtol=1e-3, atol=0
+    )
+    assert float(cauchy._apart(apart)) < 0.2 * float(square._apart(apart))
+    with pytest.raises(UsageError, match="shape of at most 2"):
+        DefenseRecipe(reconstruction_shape=3.0)
+
+
 # The chain
 
 
