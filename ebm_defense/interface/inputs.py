@@ -218,13 +218,16 @@ def _iterated(data: Any) -> Iterable[Any]:
 
 
 def _item(image: Any, label: Any) -> tuple[Tensor, Tensor]:
-    """Return one image and its label, or a batch of both, as a batch."""
-    pixels = as_images(image)
+    """Return one image and its label, or a batch of both, as a batch of its own memory.
+
+    A generator may write its next item over this one.
+    """
+    pixels = as_images(image).clone()
     if pixels.ndim == 4:
-        return pixels, read_labels(label)
+        return pixels, read_labels(label).clone()
     if pixels.ndim != 3:
         check_images(pixels[None], name="a data set's images")
-    one = read_labels(label)
+    one = read_labels(label).clone()
     return pixels[None], read_labels(one[None]) if len(one) > 1 else one
 
 

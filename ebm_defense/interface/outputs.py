@@ -75,9 +75,9 @@ def logits_of(output: Any, images: Tensor) -> Tensor:
         UsageError: none or several entries can be logits.
     """
     logits = _shaped(_find(output, images), images)
-    # Made under inference_mode inside the model; elsewhere torch forbids to go on from such.
-    logits = logits.clone() if logits.is_inference() else logits
-    logits = logits.dequantize() if logits.is_quantized else logits
+    # A copy: a model may write its next answer over this one, and torch forbids to go on from what
+    # was made under inference_mode inside it.
+    logits = logits.dequantize() if logits.is_quantized else logits.clone()
     return logits.to(images.device, working_dtype(images.dtype))
 
 

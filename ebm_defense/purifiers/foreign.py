@@ -37,8 +37,8 @@ class ForeignPurifier(Purifier):
                 f"a purifier must keep the images' shape {tuple(images.shape)}, but this one "
                 f"returned {tuple(getattr(purified, 'shape', ())) or type(purified).__name__}."
             )
-        purified = torch.as_tensor(purified, device=images.device, dtype=images.dtype)
-        return purified.clone() if purified.is_inference() else purified
+        # A copy, since its next answer may be written over this one.
+        return torch.as_tensor(purified, device=images.device, dtype=images.dtype).clone()
 
 
 def _seed_from(noise: Noise, images: Tensor) -> int:

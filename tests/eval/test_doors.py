@@ -25,6 +25,7 @@ from ebm_defense.attacks import (
     PGD,
     FoolboxAttack,
     Full,
+    Smoothed,
     Square,
     TargetedAPGD,
     ThreatModel,
@@ -411,7 +412,36 @@ class InPlace(nn.Module):
         return self.net(x.sub_(0.5).add_(0.5).clone())
 
 
+class Reusing(nn.Module):
+    """A classifier that writes every answer over the last one, as captured graphs do."""
+
+    def __init__(self, std=0.0):
+        super().__init__()
+        self.net, self.std, self.answers = network(), std, {}
+
+    def forward(self, x):
+        z = self.net(x + self.std * torch.randn_like(x))
+        if z.requires_grad:
+            return z
+        return self.answers.setdefault(len(x), torch.empty_like(z)).copy_(z)
+
+
+def test_answers_that_are_written_over_are_kept():
+    defense = PurifiedClassifier(Reusing(), Jpeg(75), max_chains=2)
+    expected = PurifiedClassifier(network(), Jpeg(75))
+    with torch.no_grad():
+        torch.testing.assert_close(defense(IMAGES), expected(IMAGES))
+    assert not as_defense(Reusing(0.1)).check_deterministic(IMAGES)
+
+
+def test_a_purifier_s_answers_that_are_written_over_are_kept():
+    kept = torch.empty_like(IMAGES[:2])
+    defense = PurifiedClassifier(network(), lambda x: kept[: len(x)].copy_(1 - x), 1, max_chains=2)
+    torch.testing.assert_close(defense(IMAGES), network()(1 - IMAGES))
+
+
 SAME = {
+    "reusing its answers": Reusing,
     "parallel": lambda: nn.DataParallel(network()),
     "in place": InPlace,
     "scripted": lambda: torch.jit.script(network().train()),
@@ -447,13 +477,22 @@ def flat_energy():
     return energy.append(nn.Flatten(0))
 
 
-def conv_energy():
-    return ConvEnergy(ConvEnergySettings(channels=1, image_size=8, width=2, activation="silu"))
+def conv_energy(activation):
+    shape = ConvEnergySettings(channels=1, image_size=8, width=2, activation=activation)
+    return ConvEnergy(shape)
 
 
-@pytest.mark.parametrize("energy", [flat_energy, conv_energy])
+THROUGH = {
+    "flat": (flat_energy, Full()),
+    "silu": (partial(conv_energy, "silu"), Full(store="checkpoints")),
+    "leaky_relu": (partial(conv_energy, "leaky_relu"), Smoothed(width=0.3)),
+}
+
+
+@pytest.mark.parametrize("energy", THROUGH)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_whole_defense_in_another_precision(dtype, energy):
+    energy, gradient = THROUGH[energy]
     purifier = LangevinPurifier(energy(), 3, 0.01, 1e-5)
     defense = PurifiedClassifier(network(), purifier, 2, seed=0).to(dtype)
     images = IMAGES.to(dtype)
@@ -462,7 +501,7 @@ def test_a_whole_defense_in_another_precision(dtype, energy):
     for name in ("evaluate", "judge_images", "an attack", "benchmark"):
         found = np.asarray(DOORS[name](defense, images, LABELS), dtype=float)
         assert np.isfinite(found).all()
-    attack = PGD(threat=THREAT, steps=2, replicates=2, gradient=Full())
+    attack = PGD(threat=THREAT, steps=2, replicates=2, gradient=gradient)
     assert attack(defense, images, LABELS).dtype == dtype
     assert all(p.dtype == dtype for p in defense.parameters())
 
