@@ -32,7 +32,7 @@ def test_these_ship_each_with_a_card_and_hashes() -> None:
         assert all(word in card for word in ("Recipe", "Data", "Licence", "ebm-defense train-"))
 
 
-ENERGIES = ["fashion-mnist-midrun"]
+ENERGIES = ["fashion-mnist-midrun", "fashion-mnist-persistent"]
 
 
 def test_these_energies_ship_alone_each_with_its_recipe_card_and_hashes() -> None:
