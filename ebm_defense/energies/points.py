@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ebm_defense.energies.conv import make_activation
 from ebm_defense.errors import UsageError
+from ebm_defense.interface.numbers import plain_numbers
 
 TINY = 1e-6
 """Keeps the distance from the origin smooth there."""
@@ -40,6 +41,7 @@ class PointEnergySettings:
     radial: bool = False
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         make_activation(self.activation)
         if min(self.channels, self.width) < 1 or self.image_size != 1 or not self.reach > 0:
             raise UsageError(

@@ -318,6 +318,7 @@ class LatentClassifierSettings:
     activation: str = "silu"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         make_activation(self.activation)
         if min(self.size, self.hidden) < 1 or not self.values or min(self.values) < 2:
             raise UsageError(
