@@ -141,16 +141,25 @@ class Defenses(Options):
     """Attack replicates."""
     judge_replicates: int = 16
     """Fresh draws of a judgement, and of the selection of what is judged."""
+    finished: bool = False
+    """Measure nothing more: show the runs that are finished in OUT."""
 
     def run(self) -> Result:
         """Evaluate each row twice and set them side by side."""
         if unknown := set(self.only) - set(ROWS):
             raise UsageError(f"unknown row {min(unknown)!r}; choose among {', '.join(ROWS)}.")
-        strong = {key: self._evaluate(key, "standard") for key in self.only}
-        cheap = {key: self._evaluate(key, "cheap") for key in self.only}
-        shown = table(_line(key, strong, cheap[key]) for key in self.only)
+        strong = self._reports("standard")
+        cheap = self._reports("cheap")
+        shown = table(_line(key, strong, cheap.get(key)) for key in strong)
         size = sum(len(report.records) for report in strong.values())
         return Result("defenses", f"{shown}\n\n{self._caption()}", size)
+
+    def _reports(self, kind: str) -> dict[str, Report]:
+        wanted = (k for k in self.only if not self.finished or self._finished(k, kind))
+        return {key: self._evaluate(key, kind) for key in wanted}
+
+    def _finished(self, key: str, kind: str) -> bool:
+        return (self.out / kind / key / "table.csv").exists()
 
     def _evaluate(self, key: str, kind: str) -> Report:
         defense = ROWS[key].make(self.out)
@@ -190,29 +199,28 @@ class Defenses(Options):
             f"{self.eps:g}, by the prediction as it is deployed (the mean logits of 16 draws). "
             f"Strongest: what stands under all of protocol standard ({self.steps} steps of each "
             f"attack, {50 * self.steps} queries of Square, {self.replicates} attack replicate), "
-            f"on {self.images} images, on the first {self.chained} or fewer of them where there is "
-            "a chain to go through; the image to judge is selected on "
+            "on so many images as each cell says, always the first ones of the same order; "
+            "the image to judge is selected on "
             f"{self.judge_replicates} draws and judged once on {self.judge_replicates} others. "
             f"Clean, transfer (PGD-{self.steps} on {CONTROL}), PGD-{self.steps} (steps of eps/4) "
             f"and, where nothing is random, APGD-{self.steps} on cross-entropy through the chain: "
-            f"{self.many:,} images ({self.many_chained:,} where there is a chain), the last "
-            "iterate judged. "
+            "the last iterate judged. "
             "Paired: points of the strongest attack ahead of the row named and the paired test's "
             "p, on the images that both have. Verdicts in fp32, seed "
             f"{self.seed}."
         )
 
 
-def _line(key: str, strong: Mapping[str, Report], cheap: Report) -> dict[str, str]:
+def _line(key: str, strong: Mapping[str, Report], cheap: Report | None) -> dict[str, str]:
     row, report = ROWS[key], strong[key]
+    clean = report if cheap is None else cheap
+    made = 0 if cheap is None else len(cheap.protocol.attacks)
+    weak = [_said(cheap.robust(i)) if cheap and i < made else "–" for i in range(3)]
     return {
         "defense": row.title,
-        "clean": _said(cheap.share(cheap.natural_column())),
-        "transfer": _said(cheap.robust(0)),
-        "PGD": _said(cheap.robust(1)),
-        "APGD": _said(cheap.robust(2)) if len(cheap.protocol.attacks) > 2 else "–",
+        "clean": _said(clean.share(clean.natural_column())),
+        **dict(zip(("transfer", "PGD", "APGD"), weak, strict=True)),
         "strongest": _said(report.robust()),
-        "images": f"{len(report.records):,}",
         "paired": _tested(report, strong[row.against], row) if row.against in strong else "–",
     }
 
@@ -230,7 +238,7 @@ def _letter(key: str) -> str:
 
 
 def _said(found: Share) -> str:
-    return f"{percent(found.value)} ({interval(found)})"
+    return f"{percent(found.value)} ({interval(found)}) of {found.total:,}"
 
 
 if __name__ == "__main__":
