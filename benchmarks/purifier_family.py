@@ -4,7 +4,7 @@
 
 Each is evaluated by protocol `standard` in a run folder of its own, all on the same images: every
 attack that takes a gradient goes through the purifier wherever a gradient does. The classifier is
-the natural one that defense fashion-mnist keeps as undefended; nothing was trained together.
+the one that a defense keeps as undefended; nothing was trained together.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from common import Options, Result, main, table
@@ -31,10 +32,14 @@ from ebm_defense.storage.weights import load_defense
 
 @dataclass(frozen=True, kw_only=True)
 class PurifierFamily(Options):
-    """Evaluate purifiers before the natural classifier by protocol standard."""
+    """Evaluate purifiers before one classifier by protocol standard."""
 
     purifiers: tuple[str, ...] = ("none",)
     """Each as `evaluate --purifier` takes it."""
+    defense: str = "fashion-mnist"
+    """A shipped defense or a folder, whose undefended classifier stands behind the purifiers."""
+    data: str = "fashion-mnist"
+    """Data set."""
     images: int = 100
     """How many test images."""
     eps: float = 0.1
@@ -58,7 +63,7 @@ class PurifierFamily(Options):
         )
 
     def _rows(self) -> Iterator[dict[str, str]]:
-        images, labels = load_data("fashion-mnist", "test", self.images)
+        images, labels = load_data(self.data, "test", self.images)
         protocol = get_protocol(
             "standard",
             eps=self.eps,
@@ -67,7 +72,7 @@ class PurifierFamily(Options):
             judge_replicates=self.judge_replicates,
             selection_replicates=self.judge_replicates,
         )
-        classifier = load_defense("fashion-mnist").undefended.requires_grad_(False)
+        classifier = load_defense(self.defense).undefended.requires_grad_(False)
         for spec in self.purifiers:
             defense = PurifiedClassifier(
                 classifier, make_purifier(spec), self.deployed, verdict_precision="fp32"
@@ -78,8 +83,8 @@ class PurifierFamily(Options):
 
     def _caption(self) -> str:
         return (
-            f"Accuracy in % and its 95% Wilson interval, {self.images} Fashion-MNIST test images, "
-            f"Linf {self.eps:g}, before the natural classifier that defense fashion-mnist keeps as "
+            f"Accuracy in % and its 95% Wilson interval, {self.images} test images of {self.data}, "
+            f"Linf {self.eps:g}, before the classifier that {Path(self.defense).name} keeps as "
             f"undefended; a prediction averages the logits of {self.deployed} draws. Strongest: "
             f"what stands under all attacks of protocol standard, reduced to {self.steps} steps of "
             f"each, {50 * self.steps} queries of Square and {self.replicates} attack replicates; "
