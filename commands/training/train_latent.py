@@ -124,8 +124,9 @@ class TrainLatent:
     """Weight of the mean squared image energy where nothing else bounds it."""
     lr: float = 1e-3
     """Adam's learning rate of generator and encoder at the start of a cosine."""
-    energy_lr: float = 2e-4
-    """That of the energy."""
+    energy_lr: float | None = None
+    """That of the energy; if not given, 0.001 for one of latents, 0.003 for one of attributes, and
+    0.0002 for one of images."""
     average: float = 0.99
     """Decay of the weights' running average."""
     checkpoint_every: int = 250
@@ -141,17 +142,15 @@ class TrainLatent:
 
     def settings(self) -> LatentSettings:
         """Return the learning settings among these options."""
-        usual = RECIPES[self.recipe].temperature
+        usual = RECIPES[self.recipe]
         named = ("updates", "batch", "sigma", "latent_step_size", "magnitude", "flow_time", "lr",
-                 "energy_lr", "average", "seed")  # fmt: skip
+                 "average", "seed")  # fmt: skip
+        temperature = usual.temperature if self.temperature is None else self.temperature
         return LatentSettings(
             prior=_chain(self.prior_steps, self.prior_step_size),
             posterior=_chain(self.posterior_steps, self.posterior_step_size),
-            image=_chain(
-                self.image_steps,
-                self.image_step_size,
-                usual if self.temperature is None else self.temperature,
-            ),
+            image=_chain(self.image_steps, self.image_step_size, temperature),
+            energy_lr=usual.energy_lr if self.energy_lr is None else self.energy_lr,
             **{name: getattr(self, name) for name in named},
         )
 

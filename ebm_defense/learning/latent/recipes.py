@@ -266,6 +266,7 @@ class Recipe:
             "attributes".
         given: whether generator and encoder are given, and the energy alone learns.
         temperature: of an image energy, T > 0, unless it is set.
+        energy_lr: Adam's learning rate of the energy, unless it is set.
     """
 
     losses: Callable[[Model, Batch, LatentSettings], Losses]
@@ -274,6 +275,7 @@ class Recipe:
     energy: str
     given: bool = False
     temperature: float = 1.0
+    energy_lr: float = 2e-4
 
 
 def _of_latents(losses: Callable[..., Losses], given: bool = False) -> Recipe:
@@ -283,6 +285,7 @@ def _of_latents(losses: Callable[..., Losses], given: bool = False) -> Recipe:
         samples=prior_samples,
         energy="latents",
         given=given,
+        energy_lr=1e-3,
     )
 
 
@@ -313,6 +316,7 @@ RECIPES: dict[str, Recipe] = {
         samples=attribute_samples,
         energy="attributes",
         given=True,
+        energy_lr=3e-3,
     ),
     "hat": replace(
         _of_images(hat, given=True, temperature=SMALL),
