@@ -71,8 +71,8 @@ def _read(path: Path, settings: dict[str, Any]) -> Denoiser:
     except TypeError as error:  # a setting that this layout has not
         raise UsageError(f"{path}: {error}.") from error
     raise UsageError(
-        f"{path} holds weights of no layout that is known: diffusers, guided-diffusion, score_sde "
-        "or EDM."
+        f"{path} holds weights of no layout that is known: diffusers with its {CONFIG}, "
+        "guided-diffusion, score_sde or EDM."
     )
 
 

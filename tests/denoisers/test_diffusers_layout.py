@@ -143,7 +143,7 @@ def spoil_weights(folder):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lose("config.json"), "is no diffusion model"),
+        (lose("config.json"), "diffusers with its config.json"),
         (lose("scheduler_config.json"), "scheduler_config.json is missing"),
         (lose("diffusion_pytorch_model.bin"), "holds no weights"),
         (spoil_weights, "lacks conv_in.weight"),
