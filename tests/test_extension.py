@@ -222,7 +222,7 @@ def test_the_table_of_what_to_touch_names_registries_that_are_there() -> None:
     rows = [line.split("|")[1:4] for line in section.splitlines() if line.startswith("| a")]
     assert len(rows) >= 9
     for _, place, registry in rows:
-        name = re.search(r"`([A-Z]+)`", registry)[1]
+        name = re.search(r"`([A-Z_]+)`", registry)[1]
         files = re.findall(r"`([\w/]+(?:NAME)?\.py)`", place) + re.findall(
             r"`([\w/]+\.py)`", registry
         )

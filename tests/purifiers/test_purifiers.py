@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import random
 
 import numpy as np
 import pytest
@@ -425,3 +426,40 @@ def test_a_foreign_purifier_builds_no_graph():
 def test_a_foreign_purifier_that_changes_the_shape_is_refused():
     with pytest.raises(UsageError, match="keep the images' shape"):
         ForeignPurifier(lambda x: x[:, :, :2])(images_of((2, 1, 4, 4)))
+
+
+OFF_THE_SCALE = {
+    "bytes": (lambda x: (255 * x).byte(), "not torch.uint8"),
+    "up to 255": (lambda x: 255 * x, "divide 8-bit images by 255"),
+    "from -1": (lambda x: 2 * x - 1, r"return \(y \+ 1\) / 2"),
+    "from -1, noised": (lambda x: 2 * x - 1 + 0.1 * torch.randn_like(x), r"return \(y \+ 1\) / 2"),
+    "complex": (lambda x: x + 0j, "not torch.complex64"),
+    "not a number": (lambda x: x / 0, "NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("how", OFF_THE_SCALE)
+def test_a_foreign_purifier_off_the_scale_is_refused(how):
+    purify, said = OFF_THE_SCALE[how]
+    images = torch.rand((4, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UsageError, match=said):
+        ForeignPurifier(purify)(images)
+
+
+def test_a_foreign_purifier_of_much_noise_is_none_off_the_scale():
+    images = torch.rand((4, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    found = ForeignPurifier(lambda x: x + 0.5 * torch.randn_like(x))(images)
+    assert float(found.min()) < -0.5
+
+
+@pytest.mark.parametrize("draw", [np.random.rand, random.random])
+def test_noise_of_numpy_and_python_is_the_stream_s(draw):
+    images = torch.rand((2, 1, 4, 4))
+    purifier = ForeignPurifier(lambda x: x * draw())
+    before = np.random.get_state()[1].copy(), random.getstate()
+    one, same, other = (purifier(images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    after = np.random.get_state()[1], random.getstate()
+    assert (before[0] == after[0]).all()
+    assert before[1] == after[1]
