@@ -83,7 +83,7 @@ ROWS: dict[str, Row] = {
     "gaussian": Row("(d) Gaussian noise, trained through it", shipped(NOISE), "adversarial"),
     "energy": Row("(a) energy before the natural wide ResNet", shipped(ENERGY), "gaussian"),
     "another": Row(
-        "(a) before a natural network that it never saw", before_another, "gaussian", most=64
+        "(a) before a natural network that it never saw", before_another, "energy", most=64
     ),
     "together": Row(
         "(b) energy and classifier together", shipped("fashion-mnist-together"), "adversarial"
