@@ -459,13 +459,13 @@ def test_what_computes_the_same_is_the_same(door, model):
 DTYPES = [torch.float16, torch.bfloat16, torch.float64]
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("door", ["evaluate", "judge_images", "an attack"])
 @pytest.mark.parametrize("of_images", [torch.float32, *DTYPES])
 @pytest.mark.parametrize("of_model", [torch.float32, *DTYPES])
 def test_models_and_images_of_any_two_dtypes(door, of_model, of_images):
     images = IMAGES.to(of_images)
     found = np.asarray(DOORS[door](network().to(of_model), images, LABELS))
-    if door in ("an attack", "foolbox"):
+    if door == "an attack":
         within = 255 * (THREAT.eps + torch.finfo(of_images).eps)
         assert np.abs(found - 255 * images.double().numpy()).max() <= within + 0.5
     else:
@@ -498,7 +498,7 @@ def test_a_whole_defense_in_another_precision(dtype, energy):
     images = IMAGES.to(dtype)
     assert defense(images).isfinite().all()
     assert defense.purifier(images).dtype == dtype
-    for name in ("evaluate", "judge_images", "an attack", "benchmark"):
+    for name in ("evaluate", "judge_images"):
         found = np.asarray(DOORS[name](defense, images, LABELS), dtype=float)
         assert np.isfinite(found).all()
     attack = PGD(threat=THREAT, steps=2, replicates=2, gradient=gradient)
