@@ -33,7 +33,7 @@ from ebm_defense.learning.energy import EnergyTrainer
 from ebm_defense.learning.energy_recipe import EnergyRecipe
 from ebm_defense.storage.files import atomic, load_tensors, save_tensors, write_text
 
-DRAWN, CHAINS, LONG, NEAR = 20_000, 48, 4_000, 0.1
+DRAWN, CHAINS, NEAR = 20_000, 48, 0.1
 """Points to learn from, chains of a diagnosis, their steps, and the divergence that is near."""
 
 
@@ -54,6 +54,9 @@ NETWORKS = {
     "rings": PointEnergySettings(reach=20.0, radial=True, activation="silu"),
 }
 """The finer the structure, the larger the units in which the network sees the points."""
+LONG = {"mixture": (4_000, 1.0), "rings": (8_000, 4.0)}
+"""Steps of the chains that judge, and how many times longer each is than in convergent learning:
+from ring to ring is a far way, which exact chains may take in larger steps."""
 STEP, SMALL, LIVED = 0.25, 0.01, 400
 """Steps of both ways, in the density's own units, and how long chains of learning count as."""
 
@@ -92,7 +95,7 @@ class Toys(Options):
         found = table(rows)
         caption = (
             f"KL(truth ‖ learned) in nats by integration on a grid, and the verdict on {CHAINS} "
-            f"chains from data and {CHAINS} from noise, {LONG:,} steps each: least and largest "
+            f"chains from data and {CHAINS} from noise, {_lengths()}: least and largest "
             f"over the seeds {self.seed} to {self.seed + self.seeds - 1}."
         )
         return Result("toys", f"{found}\n\n{caption}", self.seeds * len(self.toys))
@@ -144,6 +147,10 @@ class Toys(Options):
 WAYS = ("convergent", "not convergent")
 
 
+def _lengths() -> str:
+    return " and ".join(f"{steps:,} steps each on the {toy}" for toy, (steps, _) in LONG.items())
+
+
 def network(toy: str, seed: int) -> PointEnergy:
     """Make the untrained energy of a seed."""
     with torch.random.fork_rng():
@@ -165,11 +172,18 @@ def learn(toy: str, way: str, seed: int, file: Path) -> dict[str, Any]:
             pass
         energy.load_state_dict(trainer.averaged.module.state_dict())
         save_tensors(file, energy.state_dict())
-    chain = replace(recipe.langevin, steps=LONG)
+    chain = _judging(toy, recipe.langevin)
     chains = long_runs(energy, x[:CHAINS], chain, seed=seed)
     verdict = judge_convergence(chains, learned_steps=LIVED)
     kl = divergence(energy, points.log_density, chain.temperature).kl
     return {"kl": kl, "verdict": verdict.verdict, "reason": verdict.reason}
+
+
+def _judging(toy: str, learned: LangevinSettings) -> LangevinSettings:
+    steps, longer = LONG[toy]
+    if not learned.adjusted:  # its step is part of what it learned
+        longer = 1.0
+    return replace(learned, steps=steps, step_size=longer * learned.step_size)
 
 
 def draw(path: Path, shown: dict[str, dict[str, Tensor]]) -> None:
