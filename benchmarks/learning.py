@@ -25,8 +25,8 @@ from ebm_defense.data import load_data
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, channels_last
 from ebm_defense.errors import UsageError
 from ebm_defense.langevin import LangevinSettings
-from ebm_defense.learning.energy import EnergyTrainer
-from ebm_defense.learning.energy_recipe import EnergyRecipe
+from ebm_defense.learning.energies.recipe import EnergyRecipe
+from ebm_defense.learning.energies.trainer import EnergyTrainer
 
 SPREAD = 0.02
 CHAIN = {"step_size": 0.01, "temperature": 5e-5}

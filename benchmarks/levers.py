@@ -26,10 +26,10 @@ from ebm_defense.energies.classes import LogSumExpEnergy
 from ebm_defense.eval.judging.statistics import mcnemar, share
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.learning.batches import generator_of
-from ebm_defense.learning.chain import LearnedChain
-from ebm_defense.learning.defense import DefenseTrainer
-from ebm_defense.learning.energy import DivergedError
-from ebm_defense.learning.objectives import cross_entropy, margin
+from ebm_defense.learning.defenses.chain import LearnedChain
+from ebm_defense.learning.defenses.objectives import cross_entropy, margin
+from ebm_defense.learning.defenses.trainer import DefenseTrainer
+from ebm_defense.learning.energies.trainer import DivergedError
 from ebm_defense.noise import GeneratorNoise
 from ebm_defense.precision.names import resolve_precision
 from ebm_defense.storage.files import load_plain, save_state

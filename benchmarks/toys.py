@@ -27,10 +27,10 @@ from torch import Tensor
 from ebm_defense.data.points import POINTS, Points
 from ebm_defense.energies.points import PointEnergy, PointEnergySettings
 from ebm_defense.langevin import LangevinSettings
-from ebm_defense.learning.convergence import CONVERGENT, judge_convergence, long_runs
-from ebm_defense.learning.divergence import BOX, divergence, grid
-from ebm_defense.learning.energy import EnergyTrainer
-from ebm_defense.learning.energy_recipe import EnergyRecipe
+from ebm_defense.learning.diagnosis.convergence import CONVERGENT, judge_convergence, long_runs
+from ebm_defense.learning.diagnosis.divergence import BOX, divergence, grid
+from ebm_defense.learning.energies.recipe import EnergyRecipe
+from ebm_defense.learning.energies.trainer import EnergyTrainer
 from ebm_defense.storage.files import atomic, load_tensors, save_tensors, write_text
 
 DRAWN, CHAINS, NEAR = 20_000, 48, 0.1

@@ -21,14 +21,14 @@ from ebm_defense.errors import UsageError
 from ebm_defense.eval.purification_curve import Point, purification_curve, recommend
 from ebm_defense.eval.reporting.figures.diagnosis import Diagnosis, draw_diagnosis
 from ebm_defense.langevin import LangevinSettings
-from ebm_defense.learning.convergence import (
+from ebm_defense.learning.diagnosis.convergence import (
     METASTABLE,
     TIMES,
     judge_convergence,
     kept_classes,
     long_runs,
 )
-from ebm_defense.learning.diagnostics import Signs, signs_of
+from ebm_defense.learning.diagnosis.diagnostics import Signs, signs_of
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers.langevin import LangevinPurifier
 from ebm_defense.storage.files import writable_folder, write_text

@@ -16,7 +16,7 @@ from ebm_defense.commands.options.shared import Device, resolve_device
 from ebm_defense.commands.options.subject import Subject, subject_of
 from ebm_defense.errors import UsageError
 from ebm_defense.eval.frechet import features_of, frechet_distance, inception_fid
-from ebm_defense.learning.diagnostics import save_grid
+from ebm_defense.learning.diagnosis.diagnostics import save_grid
 from ebm_defense.learning.shortrun import ShortRun
 from ebm_defense.purifiers.langevin import LangevinPurifier
 from ebm_defense.storage.files import save_tensors, writable_folder, write_text

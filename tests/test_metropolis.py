@@ -12,7 +12,7 @@ from ebm_defense.energies.quadratic import QuadraticEnergy
 from ebm_defense.engine.derivatives import hessian_product
 from ebm_defense.errors import UsageError
 from ebm_defense.langevin import LangevinSettings, Trace, run_chain
-from ebm_defense.learning.chain import LearnedChain
+from ebm_defense.learning.defenses.chain import LearnedChain
 from ebm_defense.noise import GeneratorNoise, KeyedNoise, chain_keys
 from ebm_defense.purifiers.langevin import LangevinPurifier
 from ebm_defense.purifiers.registry import caption

@@ -26,13 +26,13 @@ from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings, channels_l
 from ebm_defense.errors import UsageError
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.learning.batches import Batches
-from ebm_defense.learning.chain import LearnedChain
-from ebm_defense.learning.defense import DefenseTrainer, Progress
-from ebm_defense.learning.likelihood import Likelihood
-from ebm_defense.learning.objectives import Objective
+from ebm_defense.learning.defenses.chain import LearnedChain
+from ebm_defense.learning.defenses.objectives import Objective
+from ebm_defense.learning.defenses.recipe import DefenseRecipe
+from ebm_defense.learning.defenses.synthesis import synthesise
+from ebm_defense.learning.defenses.trainer import DefenseTrainer, Progress
+from ebm_defense.learning.energies.likelihood import Likelihood
 from ebm_defense.learning.parallel import Team
-from ebm_defense.learning.recipe import DefenseRecipe
-from ebm_defense.learning.synthesis import synthesise
 from ebm_defense.networks import ConvNetSettings, NetworkSettings, ResNetSettings, make_network
 from ebm_defense.purifiers import Purifier
 from ebm_defense.purifiers.registry import baseline

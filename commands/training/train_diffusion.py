@@ -18,7 +18,7 @@ from ebm_defense.data import Images, dataset
 from ebm_defense.denoisers.diffusers_layout import write_diffusers
 from ebm_defense.denoisers.unet import UNetDenoiser, UNetSettings
 from ebm_defense.errors import UsageError
-from ebm_defense.learning.diagnostics import save_grid
+from ebm_defense.learning.diagnosis.diagnostics import save_grid
 from ebm_defense.learning.diffusion import DiffusionRecipe, DiffusionTrainer
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.purifiers.diffusion import DiffusionPurifier

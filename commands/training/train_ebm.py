@@ -26,11 +26,11 @@ from ebm_defense.errors import UsageError
 from ebm_defense.generators.networks import ConvGenerator, ConvSettings
 from ebm_defense.generators.registry import GENERATORS
 from ebm_defense.langevin import LangevinSettings
-from ebm_defense.learning.diagnostics import draw_curves, long_chains, save_grid
-from ebm_defense.learning.energy import EnergyTrainer
-from ebm_defense.learning.energy_recipe import EnergyRecipe
+from ebm_defense.learning.diagnosis.diagnostics import draw_curves, long_chains, save_grid
+from ebm_defense.learning.energies.recipe import EnergyRecipe
+from ebm_defense.learning.energies.recipes import recipe_file
+from ebm_defense.learning.energies.trainer import EnergyTrainer
 from ebm_defense.learning.parallel import Team
-from ebm_defense.learning.recipes import recipe_file
 from ebm_defense.storage.files import save_tensors, writable_folder, write_text
 from ebm_defense.storage.folders import ENERGY, learned_folder, names_folder
 from ebm_defense.storage.state_dicts import about, load_weights, refuse_other

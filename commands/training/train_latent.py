@@ -36,7 +36,7 @@ from ebm_defense.generators.networks import (
     PairEnergySettings,
 )
 from ebm_defense.langevin import LangevinSettings
-from ebm_defense.learning.diagnostics import save_grid
+from ebm_defense.learning.diagnosis.diagnostics import save_grid
 from ebm_defense.learning.latent.model import Model
 from ebm_defense.learning.latent.recipes import RECIPES
 from ebm_defense.learning.latent.settings import LatentSettings

@@ -1,1 +1,1 @@
-"""Learning energies by maximum likelihood, and classifiers."""
+"""Learning energies, denoisers, latent models, classifiers and whole defenses."""

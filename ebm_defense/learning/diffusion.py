@@ -17,7 +17,7 @@ from ebm_defense.errors import FailedRunError, UsageError
 from ebm_defense.interface.numbers import plain_numbers
 from ebm_defense.learning.batches import Batches, generator_of
 from ebm_defense.learning.checkpoints import refuse_another
-from ebm_defense.learning.defense import rising_average
+from ebm_defense.learning.defenses.trainer import rising_average
 from ebm_defense.storage.files import load_plain, save_state
 from ebm_defense.storage.state_dicts import about
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ebm_defense.learning.registry import OBJECTIVES
+from ebm_defense.learning.energies.registry import OBJECTIVES
 
 LEARN = (
     *("train-ebm", "--data", "digits", "--images", 40, "--width", 2, "--batch", 8, "--bank", 16),

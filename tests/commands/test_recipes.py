@@ -9,8 +9,8 @@ import pytest
 from ebm_defense.commands.main import parse
 from ebm_defense.commands.training.train_ebm import TrainEbm, tell_lifetime
 from ebm_defense.errors import UsageError
-from ebm_defense.learning.recipes import recipe_file, recipe_names
-from ebm_defense.learning.registry import OBJECTIVES, STARTS
+from ebm_defense.learning.energies.recipes import recipe_file, recipe_names
+from ebm_defense.learning.energies.registry import OBJECTIVES, STARTS
 
 
 def train(*words: str) -> TrainEbm:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ebm_defense.data.points import POINTS, CircleMixture, Rings
-from ebm_defense.learning.divergence import divergence, grid
+from ebm_defense.learning.diagnosis.divergence import divergence, grid
 
 
 @pytest.mark.parametrize("name", POINTS)

@@ -15,8 +15,8 @@ from ebm_defense.energies.residual import ResidualEnergy, ResidualEnergySettings
 from ebm_defense.engine import choose_engine, energy_and_gradient, prepare
 from ebm_defense.errors import UsageError
 from ebm_defense.langevin import LangevinSettings
-from ebm_defense.learning.energy import EnergyTrainer
-from ebm_defense.learning.energy_recipe import EnergyRecipe
+from ebm_defense.learning.energies.recipe import EnergyRecipe
+from ebm_defense.learning.energies.trainer import EnergyTrainer
 from ebm_defense.purifiers.langevin import LangevinPurifier
 from ebm_defense.storage.files import save_tensors
 from ebm_defense.storage.folders import save_defense

@@ -12,9 +12,9 @@ from ebm_defense.data.points import CircleMixture
 from ebm_defense.energies.points import PointEnergy, PointEnergySettings
 from ebm_defense.errors import UsageError
 from ebm_defense.langevin import LangevinSettings
-from ebm_defense.learning.divergence import divergence
-from ebm_defense.learning.energy import EnergyTrainer
-from ebm_defense.learning.energy_recipe import EnergyRecipe
+from ebm_defense.learning.diagnosis.divergence import divergence
+from ebm_defense.learning.energies.recipe import EnergyRecipe
+from ebm_defense.learning.energies.trainer import EnergyTrainer
 
 
 def test_it_is_the_published_network_of_1x1_convolutions() -> None:

@@ -13,9 +13,9 @@ from ebm_defense.attacks import PGD
 from ebm_defense.attacks.gradients.full import Full
 from ebm_defense.engine import energy_and_gradient
 from ebm_defense.langevin import LangevinSettings, run_chain
-from ebm_defense.learning.convergence import judge_convergence, long_runs
-from ebm_defense.learning.energy import EnergyTrainer
-from ebm_defense.learning.energy_recipe import EnergyRecipe
+from ebm_defense.learning.diagnosis.convergence import judge_convergence, long_runs
+from ebm_defense.learning.energies.recipe import EnergyRecipe
+from ebm_defense.learning.energies.trainer import EnergyTrainer
 from ebm_defense.noise import KeyedNoise, chain_keys
 
 torchebm = pytest.importorskip("torchebm.core", reason="torchebm is not installed")

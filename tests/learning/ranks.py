@@ -14,8 +14,8 @@ from ebm_defense.data import load_data
 from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
 from ebm_defense.generators.networks import ConvGenerator, ConvSettings
 from ebm_defense.langevin import LangevinSettings
-from ebm_defense.learning.energy import EnergyTrainer
-from ebm_defense.learning.energy_recipe import EnergyRecipe
+from ebm_defense.learning.energies.recipe import EnergyRecipe
+from ebm_defense.learning.energies.trainer import EnergyTrainer
 from ebm_defense.learning.parallel import Team
 
 EVERY, KILLED = 2, 7

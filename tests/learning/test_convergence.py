@@ -10,7 +10,7 @@ import torch
 
 from ebm_defense import QuadraticEnergy, UsageError
 from ebm_defense.langevin import LangevinSettings
-from ebm_defense.learning.convergence import (
+from ebm_defense.learning.diagnosis.convergence import (
     CONVERGENT,
     METASTABLE,
     NOT_CONVERGENT,
@@ -19,7 +19,7 @@ from ebm_defense.learning.convergence import (
     long_runs,
     mixing,
 )
-from ebm_defense.learning.diagnostics import cross_correlation, signs_of
+from ebm_defense.learning.diagnosis.diagnostics import cross_correlation, signs_of
 
 T, SHAPE = 0.04, (1, 2, 2)
 CURVATURE = torch.full((4,), 1.0)

@@ -17,14 +17,14 @@ from ebm_defense.energies.conv import ConvEnergy, ConvEnergySettings
 from ebm_defense.errors import UsageError
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.learning.batches import Batches, generator_of
-from ebm_defense.learning.chain import LearnedChain
-from ebm_defense.learning.defense import MOST_SKIPPED, DefenseTrainer
-from ebm_defense.learning.energy import DivergedError
-from ebm_defense.learning.likelihood import Likelihood
-from ebm_defense.learning.objectives import Objective, cross_entropy, divergence, margin
+from ebm_defense.learning.defenses.chain import LearnedChain
+from ebm_defense.learning.defenses.objectives import Objective, cross_entropy, divergence, margin
+from ebm_defense.learning.defenses.recipe import DefenseRecipe
+from ebm_defense.learning.defenses.synthesis import synthesise
+from ebm_defense.learning.defenses.trainer import MOST_SKIPPED, DefenseTrainer
+from ebm_defense.learning.energies.likelihood import Likelihood
+from ebm_defense.learning.energies.trainer import DivergedError
 from ebm_defense.learning.parallel import Team
-from ebm_defense.learning.recipe import DefenseRecipe
-from ebm_defense.learning.synthesis import synthesise
 from ebm_defense.networks import ResNet, ResNetSettings
 from ebm_defense.noise import GeneratorNoise, KeyedNoise, chain_keys
 from ebm_defense.purifiers import LangevinPurifier

@@ -15,8 +15,8 @@ from ebm_defense.data import Images
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.learning.batches import Batches
 from ebm_defense.learning.classifier import ClassifierRecipe, ClassifierTrainer
-from ebm_defense.learning.energy import EnergyTrainer
-from ebm_defense.learning.energy_recipe import EnergyRecipe
+from ebm_defense.learning.energies.recipe import EnergyRecipe
+from ebm_defense.learning.energies.trainer import EnergyTrainer
 
 IMAGES = torch.rand((6, 1, 8, 8), generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(6) % 3

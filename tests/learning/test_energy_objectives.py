@@ -14,11 +14,11 @@ from torch import nn
 from ebm_defense.energies.quadratic import QuadraticEnergy
 from ebm_defense.errors import UsageError
 from ebm_defense.langevin import LangevinSettings
-from ebm_defense.learning.energy import EnergyTrainer
-from ebm_defense.learning.energy_recipe import EnergyRecipe
-from ebm_defense.learning.recovery import recover
-from ebm_defense.learning.registry import OBJECTIVES
-from ebm_defense.learning.robust import RobustLoss, barron, log_normaliser
+from ebm_defense.learning.energies.recipe import EnergyRecipe
+from ebm_defense.learning.energies.recovery import recover
+from ebm_defense.learning.energies.registry import OBJECTIVES
+from ebm_defense.learning.energies.robust import RobustLoss, barron, log_normaliser
+from ebm_defense.learning.energies.trainer import EnergyTrainer
 from ebm_defense.noise import KeyedNoise, chain_keys
 
 SPREAD, MEAN, TEMPERATURE = 0.2, 0.3, 0.5

@@ -26,7 +26,7 @@ from ebm_defense.generators.networks import (
 )
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.learning.draws import Batch, Draws
-from ebm_defense.learning.energy import DivergedError
+from ebm_defense.learning.energies.trainer import DivergedError
 from ebm_defense.learning.latent.model import Model
 from ebm_defense.learning.latent.recipes import (
     RECIPES,

@@ -22,9 +22,9 @@ from ebm_defense.learning.classifier import (
     ClassifierTrainer,
     accuracy,
 )
-from ebm_defense.learning.diagnostics import long_chains
-from ebm_defense.learning.energy import DivergedError, EnergyTrainer
-from ebm_defense.learning.energy_recipe import EnergyRecipe
+from ebm_defense.learning.diagnosis.diagnostics import long_chains
+from ebm_defense.learning.energies.recipe import EnergyRecipe
+from ebm_defense.learning.energies.trainer import DivergedError, EnergyTrainer
 from ebm_defense.storage.files import save_state
 
 quick = settings(

@@ -20,8 +20,8 @@ from torch import nn
 from ebm_defense.data import load_data
 from ebm_defense.errors import UsageError
 from ebm_defense.langevin import LangevinSettings
-from ebm_defense.learning.energy import DivergedError, EnergyTrainer
-from ebm_defense.learning.energy_recipe import EnergyRecipe
+from ebm_defense.learning.energies.recipe import EnergyRecipe
+from ebm_defense.learning.energies.trainer import DivergedError, EnergyTrainer
 from ebm_defense.learning.parallel import Team
 
 _SCRIPT = Path(__file__).parent / "ranks.py"

@@ -13,10 +13,16 @@ from torch import nn
 
 from ebm_defense.errors import UsageError
 from ebm_defense.learning.draws import Batch, Draws, batch_of
-from ebm_defense.learning.energy_recipe import EnergyRecipe
+from ebm_defense.learning.energies.recipe import EnergyRecipe
+from ebm_defense.learning.energies.registry import Parts, make_objective, make_start
+from ebm_defense.learning.energies.starts import (
+    BurnIn,
+    Cooperative,
+    FromData,
+    FromNoise,
+    Persistent,
+)
 from ebm_defense.learning.parallel import Team
-from ebm_defense.learning.registry import Parts, make_objective, make_start
-from ebm_defense.learning.starts import BurnIn, Cooperative, FromData, FromNoise, Persistent
 
 quick = settings(deadline=None, max_examples=30, derandomize=True)
 CPU, ALONE = torch.device("cpu"), Team()

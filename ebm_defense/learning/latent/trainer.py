@@ -15,7 +15,7 @@ from ebm_defense.errors import UsageError
 from ebm_defense.interface.inputs import read_training_images
 from ebm_defense.learning.checkpoints import refuse_another
 from ebm_defense.learning.draws import Draws, batch_of
-from ebm_defense.learning.energy import DivergedError
+from ebm_defense.learning.energies.trainer import DivergedError
 from ebm_defense.learning.latent.model import Model
 from ebm_defense.learning.latent.recipes import RECIPES, Labelled, Losses
 from ebm_defense.learning.latent.settings import LatentSettings

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ebm_defense.eval.purification_curve import Point
 from ebm_defense.eval.reporting.figures.pictures import pixels
-from ebm_defense.learning.convergence import Chains, Convergence
-from ebm_defense.learning.diagnostics import autocorrelation, cross_correlation
+from ebm_defense.learning.diagnosis.convergence import Chains, Convergence
+from ebm_defense.learning.diagnosis.diagnostics import autocorrelation, cross_correlation
 from ebm_defense.storage.files import atomic
 
 SHOWN = 12

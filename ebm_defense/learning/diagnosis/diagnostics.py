@@ -14,7 +14,7 @@ from ebm_defense.engine import Energy
 from ebm_defense.errors import UsageError
 from ebm_defense.interface.modes import in_eval_mode, modules_of
 from ebm_defense.langevin import LangevinSettings, Trace, run_chain
-from ebm_defense.learning.energy import Update
+from ebm_defense.learning.energies.trainer import Update
 from ebm_defense.noise import KeyedNoise, chain_keys
 from ebm_defense.storage.files import atomic
 

@@ -17,8 +17,8 @@ from ebm_defense.engine import Energy, EnergyGradient, prepare
 from ebm_defense.interface.modes import in_eval_mode, modules_of
 from ebm_defense.langevin import LangevinSettings, chain_precision, run_chain
 from ebm_defense.learning.draws import Batch
-from ebm_defense.learning.energy_objectives import Estimate, Measured, Stateless
-from ebm_defense.learning.score_matching import level_of
+from ebm_defense.learning.energies.objectives import Estimate, Measured, Stateless
+from ebm_defense.learning.energies.score_matching import level_of
 from ebm_defense.noise import Noise
 
 

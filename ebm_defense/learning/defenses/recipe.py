@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from ebm_defense.errors import UsageError
 from ebm_defense.interface.numbers import plain_numbers
-from ebm_defense.learning.likelihood import Likelihood
-from ebm_defense.learning.objectives import Objective
-from ebm_defense.learning.robust import refuse_other
+from ebm_defense.learning.defenses.objectives import Objective
+from ebm_defense.learning.energies.likelihood import Likelihood
+from ebm_defense.learning.energies.robust import refuse_other
 
 LEARNS = ("energy", "classifier", "both")
 

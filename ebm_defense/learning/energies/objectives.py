@@ -17,7 +17,7 @@ from ebm_defense.engine import Energy, EnergyGradient, prepare
 from ebm_defense.interface.modes import in_eval_mode, modules_of
 from ebm_defense.langevin import LangevinSettings, chain_precision, run_chain
 from ebm_defense.learning.draws import Batch
-from ebm_defense.learning.starts import Start
+from ebm_defense.learning.energies.starts import Start
 from ebm_defense.noise import KeyedNoise
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ebm_defense.errors import UsageError
 from ebm_defense.interface.numbers import plain_numbers
 from ebm_defense.langevin import LangevinSettings
-from ebm_defense.learning.robust import refuse_other
+from ebm_defense.learning.energies.robust import refuse_other
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 from ebm_defense.errors import UsageError
 from ebm_defense.learning.draws import Batch
-from ebm_defense.learning.energy_objectives import EnergyObjective, MaximumLikelihood
-from ebm_defense.learning.energy_recipe import EnergyRecipe
-from ebm_defense.learning.parallel import Team
-from ebm_defense.learning.recovery import RecoveryLikelihood
-from ebm_defense.learning.robust import RobustLoss
-from ebm_defense.learning.score_matching import ScoreMatching
-from ebm_defense.learning.starts import (
+from ebm_defense.learning.energies.objectives import EnergyObjective, MaximumLikelihood
+from ebm_defense.learning.energies.recipe import EnergyRecipe
+from ebm_defense.learning.energies.recovery import RecoveryLikelihood
+from ebm_defense.learning.energies.robust import RobustLoss
+from ebm_defense.learning.energies.score_matching import ScoreMatching
+from ebm_defense.learning.energies.starts import (
     BurnIn,
     Cooperative,
     FromBatch,
@@ -25,6 +24,7 @@ from ebm_defense.learning.starts import (
     Persistent,
     Start,
 )
+from ebm_defense.learning.parallel import Team
 
 
 class Parts(NamedTuple):

@@ -19,10 +19,10 @@ from ebm_defense.interface.inputs import read_training_images
 from ebm_defense.interface.outputs import try_energy
 from ebm_defense.learning.checkpoints import refuse_another
 from ebm_defense.learning.draws import Batch, Draws, batch_of
-from ebm_defense.learning.energy_objectives import EnergyObjective
-from ebm_defense.learning.energy_recipe import EnergyRecipe
+from ebm_defense.learning.energies.objectives import EnergyObjective
+from ebm_defense.learning.energies.recipe import EnergyRecipe
+from ebm_defense.learning.energies.registry import Parts, make_objective
 from ebm_defense.learning.parallel import Team
-from ebm_defense.learning.registry import Parts, make_objective
 from ebm_defense.storage.files import load_plain, save_state
 from ebm_defense.storage.state_dicts import about
 

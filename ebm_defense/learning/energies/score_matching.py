@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ebm_defense.engine.differentiable import differentiable_gradient
 from ebm_defense.learning.draws import Batch
-from ebm_defense.learning.energy_objectives import Estimate, Stateless
+from ebm_defense.learning.energies.objectives import Estimate, Stateless
+from ebm_defense.learning.energies.robust import RobustLoss
 from ebm_defense.learning.parallel import Team
-from ebm_defense.learning.robust import RobustLoss
 
 
 class ScoreMatching(Stateless):

@@ -11,10 +11,10 @@ from ebm_defense.errors import UsageError
 from ebm_defense.interface.numbers import plain_numbers
 from ebm_defense.langevin import LangevinSettings
 from ebm_defense.learning.draws import Batch, Draws, batch_of
-from ebm_defense.learning.energy import PIXEL_LIMIT, DivergedError
-from ebm_defense.learning.energy_objectives import MaximumLikelihood
+from ebm_defense.learning.energies.objectives import MaximumLikelihood
+from ebm_defense.learning.energies.starts import FromData, Persistent
+from ebm_defense.learning.energies.trainer import PIXEL_LIMIT, DivergedError
 from ebm_defense.learning.parallel import Team
-from ebm_defense.learning.starts import FromData, Persistent
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,14 +14,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ebm_defense.data import Images
 from ebm_defense.errors import UsageError
 from ebm_defense.learning.batches import Batches, generator_of
-from ebm_defense.learning.chain import LearnedChain
 from ebm_defense.learning.checkpoints import refuse_another
-from ebm_defense.learning.energy import DivergedError
-from ebm_defense.learning.likelihood import LikelihoodTerm
-from ebm_defense.learning.objectives import Loss
+from ebm_defense.learning.defenses.chain import LearnedChain
+from ebm_defense.learning.defenses.objectives import Loss
+from ebm_defense.learning.defenses.recipe import DefenseRecipe
+from ebm_defense.learning.energies.likelihood import LikelihoodTerm
+from ebm_defense.learning.energies.robust import barron
+from ebm_defense.learning.energies.trainer import DivergedError
 from ebm_defense.learning.parallel import Team
-from ebm_defense.learning.recipe import DefenseRecipe
-from ebm_defense.learning.robust import barron
 from ebm_defense.noise import GeneratorNoise, derive_seed
 from ebm_defense.precision.names import resolve_precision
 from ebm_defense.purifiers import Purifier

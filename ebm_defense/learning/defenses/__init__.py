@@ -1,0 +1,1 @@
+"""Learning a whole defense against attacks on its input."""
