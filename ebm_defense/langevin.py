@@ -18,7 +18,7 @@ from ebm_defense.engine import Energy, EnergyGradient, prepare, triton_kernels
 from ebm_defense.engine.cuda_graphs import run_graphed
 from ebm_defense.errors import UsageError
 from ebm_defense.interface.numbers import plain_numbers
-from ebm_defense.metropolis import AdjustedState, adjusted_step, draws
+from ebm_defense.metropolis import AdjustedState, Draw, adjusted_step, draws
 from ebm_defense.noise import KeyedNoise, Noise, ahead, drawn_at
 from ebm_defense.precision.names import resolve_precision
 
@@ -114,6 +114,10 @@ class Info(NamedTuple):
     accepted: Tensor | None = None
 
 
+Take = Callable[[State], tuple[State, Info]]
+"""A step with all that it needs but the state."""
+
+
 def langevin_step(
     state: State,
     move: Callable[[Tensor, Tensor], None],
@@ -175,47 +179,47 @@ def run_chain(
         return state.x
     if trace is not None:
         trace.snapshot(state, snapshots)
-    walk = _walk(state, noise, steps, gradient, settings, trace is not None)
-    for state, info in walk:
+    for take in _takes(state, noise, steps, gradient, settings, trace is not None):
+        state, info = take(state)
         if trace is not None:
             trace.record(info, state.x - start, settings)
             trace.snapshot(state, snapshots)
     return state.x
 
 
-def _walk(
-    state: State,
+def _takes(
+    start: State,
     noise: Noise,
     steps: range,
     gradient: EnergyGradient,
     settings: LangevinSettings,
     with_energy: bool,
-) -> Iterator[tuple[State, Info]]:
-    """Yield the state after each step, and what it was like."""
+) -> Iterator[Take]:
+    """Yield each step, as what makes of a state the next one and tells what it was like."""
     if settings.adjusted:
-        yield from _adjusted_walk(state, noise, steps, gradient, settings)
+        yield from _adjusted_takes(start, noise, steps, gradient, settings)
         return
-    for take in moves(settings.move, noise, steps, state.x):
-        state, info = langevin_step(state, take, gradient, with_energy=with_energy)
-        yield state, info
+    for move in moves(settings.move, noise, steps, start.x):
+        yield partial(langevin_step, move=move, gradient=gradient, with_energy=with_energy)
 
 
-def _adjusted_walk(
-    state: State,
-    noise: Noise,
-    steps: range,
-    gradient: EnergyGradient,
-    settings: LangevinSettings,
-) -> Iterator[tuple[State, Info]]:
+def _adjusted_takes(
+    start: State, noise: Noise, steps: range, gradient: EnergyGradient, settings: LangevinSettings
+) -> Iterator[Take]:
     if not steps:
         return
     scale = {"step_size": settings.step_size, "temperature": settings.temperature}
     # An engine may write over what it returned before.
-    here = AdjustedState(*state, *(t.clone() for t in gradient.with_energy(state.x)))
-    for draw in draws(noise, steps, state.x):
-        after, accepted = adjusted_step(here, draw, gradient, **scale)
-        yield State(after.x, after.step), Info(here.slope, here.energy, accepted)
-        here = after
+    here = AdjustedState(*start, *(t.clone() for t in gradient.with_energy(start.x)))
+
+    def take(_: State, draw: Draw) -> tuple[State, Info]:
+        nonlocal here
+        before = here
+        here, accepted = adjusted_step(before, draw, gradient, **scale)
+        return State(here.x, here.step), Info(before.slope, before.energy, accepted)
+
+    for draw in draws(noise, steps, start.x):
+        yield partial(take, draw=draw)
 
 
 def chain_precision(precision: str, x: Tensor, settings: LangevinSettings) -> str:
