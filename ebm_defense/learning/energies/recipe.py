@@ -40,7 +40,7 @@ class EnergyRecipe:
         sgd_from: the update from which plain SGD takes over, 0 or more; None for Adam throughout.
         sgd_lr: SGD's learning rate, in units of the temperature.
         average: decay of the weights' running average, the weights that are kept.
-        limit: |d_s| beyond which learning counts as diverged.
+        limit: the size of d_s beyond which learning counts as diverged.
         setbacks: how often a divergence leads back to the last saved state with half the rate.
         seed: seed of every draw.
     """
