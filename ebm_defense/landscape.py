@@ -362,24 +362,37 @@ def explore(
     barriers += torch.diag(energies.cpu().to(minima.dtype))
     for first in range(0, len(pairs), batch):
         rows = pairs[first : first + batch]
-        one, other = (minima[[pair[k] for pair in rows]] for k in (0, 1))
-        own_keys = keys[2 * first : 2 * (first + len(rows))].to(one.device)
-        there = attract(energy, one, other, settings, own_keys[: len(rows)])
-        back = attract(energy, other, one, settings, own_keys[len(rows) :])
-        # The highest U of a chain that did not arrive bounds nothing.
-        heights = [torch.where(c.arrived, c.barrier, math.inf) for c in (there, back)]
-        if pulls:
-            path = torch.cat([one[None], there.path, other[None]])
-            heights.append(taut(energy, path, steps=pulls, bound=settings.bound))
-        lowest = torch.stack(heights).amin(0).tolist()
-        for k, (i, j) in enumerate(rows):
-            barriers[i, j] = barriers[j, i] = min(float(barriers[i, j]), lowest[k])
-            crossed[i, j] |= there.arrived[k].cpu()
-            crossed[j, i] |= back.arrived[k].cpu()
+        both = keys[2 * first : 2 * (first + len(rows))]
+        lowest, arrivals = _climbed(energy, minima, rows, both, settings, pulls)
+        for (i, j), height, there, back in zip(rows, lowest, *arrivals, strict=True):
+            barriers[i, j] = barriers[j, i] = min(float(barriers[i, j]), height)
+            crossed[i, j] |= there
+            crossed[j, i] |= back
         progress((first + len(rows)) / len(pairs))
     return Landscape(
         minima=minima, energies=energies, start=own, crossed=crossed, barriers=barriers
     )
+
+
+def _climbed(
+    energy: Energy,
+    minima: Tensor,
+    rows: list[tuple[int, int]],
+    keys: Tensor,
+    settings: Attraction,
+    pulls: int,
+) -> tuple[list[float], tuple[list[bool], list[bool]]]:
+    """Return the lowest barrier found between each two minima, and who arrived there and back."""
+    one, other = (minima[[pair[k] for pair in rows]] for k in (0, 1))
+    keys = keys.to(one.device)
+    there = attract(energy, one, other, settings, keys[: len(rows)])
+    back = attract(energy, other, one, settings, keys[len(rows) :])
+    # The highest U of a chain that did not arrive bounds nothing.
+    heights = [torch.where(c.arrived, c.barrier, math.inf) for c in (there, back)]
+    if pulls:
+        path = torch.cat([one[None], there.path, other[None]])
+        heights.append(taut(energy, path, steps=pulls, bound=settings.bound))
+    return torch.stack(heights).amin(0).tolist(), (there.arrived.tolist(), back.arrived.tolist())
 
 
 def distance(x: Tensor, y: Tensor) -> Tensor:

@@ -83,8 +83,7 @@ def evaluate_corruptions(
             "corruptions": names,
             "severities": list(severities),
             "source": source,
-            "defense": judge_settings(defense, images),
-            "data": {"images": len(images), "sha256": digest([images, labels])},
+            **_judged_on(defense, images, labels),
         }
         cells = [(name, severity) for name in names for severity in severities]
         if make is None:
@@ -92,11 +91,23 @@ def evaluate_corruptions(
         measured = partial(_measure, defense, make, draws=draws, seed=seed)
         if out is None:
             return _report(cells, measured, MemoryStore(), settings)
-        folder = _folder(out, settings, defense, Images(images, labels))
-        with folder.claimed():
-            report = _report(cells, measured, folder, settings)
-            report.save(folder.path)
-        return report
+        return _saved(cells, measured, _folder(out, settings, defense, Images(images, labels)))
+
+
+def _judged_on(defense: PurifiedClassifier, images: Tensor, labels: Tensor) -> dict[str, Any]:
+    data = {"images": len(images), "sha256": digest([images, labels])}
+    return {"defense": judge_settings(defense, images), "data": data}
+
+
+def _saved(
+    cells: list[tuple[str, int]],
+    measured: Callable[[tuple[str, int]], pd.DataFrame],
+    folder: RunFolder,
+) -> CorruptionReport:
+    with folder.claimed():
+        report = _report(cells, measured, folder, folder.settings)
+        report.save(folder.path)
+    return report
 
 
 def _folder(

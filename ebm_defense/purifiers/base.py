@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, Self, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -279,6 +279,19 @@ class SteppedPurifier(Purifier):
             precision: of its products, "fp32" or "bf16".
         """
         return None
+
+    def refuse_more(self, steps: int) -> None:
+        """Refuse a surrogate of more steps than its own."""
+        if steps > self.chain_steps:
+            raise UsageError(
+                f"the surrogate's {steps} steps are more than the defense's {self.chain_steps}; "
+                "give it fewer."
+            )
+
+    def remade(self, **changes: Plain) -> Self:
+        """Return one of the same networks with other settings."""
+        made: dict[str, Any] = self.networks | self.numbers | changes
+        return type(self)(**made)
 
     def purify(self, images: Tensor, noise: Noise) -> Tensor:
         return self.leave(self.advance(self.enter(images), noise, range(self.chain_steps)))

@@ -15,7 +15,7 @@ from ebm_defense.denoisers.read import open_denoiser
 from ebm_defense.errors import UsageError
 from ebm_defense.interface.numbers import whole
 from ebm_defense.noise import Noise
-from ebm_defense.purifiers.base import Plain, Purifier, SteppedPurifier
+from ebm_defense.purifiers.base import Purifier, SteppedPurifier
 from ebm_defense.purifiers.state import State
 
 X, GIVEN = "x", "given"
@@ -53,7 +53,29 @@ class ReverseStep:
         return moved + math.sqrt(self.variance) * z
 
 
-class DiffusionPurifier(SteppedPurifier):
+class _ByDenoiser(SteppedPurifier):
+    """What both say of themselves, whichever way a denoiser moves their images."""
+
+    denoiser: Denoiser
+    steps: int
+
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        return shape_of(self.denoiser)
+
+    @property
+    def chain_steps(self) -> int:  # type: ignore[override]
+        return self.steps
+
+    def brief(self, images: Tensor) -> Purifier:
+        return self.shortened(1)
+
+    def probe_vjp(self, images: Tensor, noise: Noise) -> None:
+        x = self.enter(images)
+        self.vjp_step(x, x, noise, 0)
+
+
+class DiffusionPurifier(_ByDenoiser):
     """Noise up to a level t*, then the reverse process to an image (DiffPure, Nie et al. 2022).
 
     With one step it is denoised smoothing (Carlini et al. 2023): see `one_shot`. Guidance draws
@@ -127,14 +149,6 @@ class DiffusionPurifier(SteppedPurifier):
         return super().record(images) | {"how": how + guided}
 
     @property
-    def image_shape(self) -> tuple[int, int, int] | None:
-        return shape_of(self.denoiser)
-
-    @property
-    def chain_steps(self) -> int:  # type: ignore[override]
-        return self.steps
-
-    @property
     def visited(self) -> list[int]:
         """The levels of noise that the network is asked at, the noisiest first."""
         if self.steps == 1:
@@ -188,23 +202,11 @@ class DiffusionPurifier(SteppedPurifier):
         Raises:
             UsageError: it takes fewer steps itself.
         """
-        if steps > self.steps:
-            raise UsageError(
-                f"the surrogate's {steps} steps are more than the defense's {self.steps}; "
-                "give it fewer."
-            )
-        settings: dict[str, Plain] = self.numbers | {"steps": steps}
-        return DiffusionPurifier(self.denoiser, **settings)  # type: ignore[arg-type]
-
-    def brief(self, images: Tensor) -> DiffusionPurifier:
-        return self.shortened(1)
-
-    def probe_vjp(self, images: Tensor, noise: Noise) -> None:
-        x = self.enter(images)
-        self.vjp_step(x, x, noise, 0)
+        self.refuse_more(steps)
+        return self.remade(steps=steps)
 
 
-class LikelihoodPurifier(SteppedPurifier):
+class LikelihoodPurifier(_ByDenoiser):
     """Climbs the diffusion model's likelihood near the image (LM, Chen et al. 2024, RDC).
 
     A step draws a level t and noise, and moves against the gradient of ‖ε_θ(x_t, t) − ε‖², a
@@ -254,14 +256,6 @@ class LikelihoodPurifier(SteppedPurifier):
         denoiser, own = _opened(cls, place, settings)
         return cls(denoiser, **own)
 
-    @property
-    def image_shape(self) -> tuple[int, int, int] | None:
-        return shape_of(self.denoiser)
-
-    @property
-    def chain_steps(self) -> int:  # type: ignore[override]
-        return self.steps
-
     def enter(self, images: Tensor) -> State:
         x = images * 2.0 - 1.0
         return {X: x, GIVEN: x, "momentum": torch.zeros_like(x)}
@@ -305,21 +299,9 @@ class LikelihoodPurifier(SteppedPurifier):
         Raises:
             UsageError: it takes fewer steps itself.
         """
-        if steps > self.steps:
-            raise UsageError(
-                f"the surrogate's {steps} steps are more than the defense's {self.steps}; "
-                "give it fewer."
-            )
+        self.refuse_more(steps)
         longer = self.step_size * self.steps / steps
-        settings: dict[str, Plain] = self.numbers | {"steps": steps, "step_size": longer}
-        return LikelihoodPurifier(self.denoiser, **settings)  # type: ignore[arg-type]
-
-    def brief(self, images: Tensor) -> LikelihoodPurifier:
-        return self.shortened(1)
-
-    def probe_vjp(self, images: Tensor, noise: Noise) -> None:
-        x = self.enter(images)
-        self.vjp_step(x, x, noise, 0)
+        return self.remade(steps=steps, step_size=longer)
 
 
 def _opened(

@@ -140,11 +140,7 @@ class LangevinPurifier(SteppedPurifier):
         Raises:
             UsageError: it takes fewer steps itself.
         """
-        if steps > self.chain_steps:
-            raise UsageError(
-                f"the surrogate's {steps} steps are more than the defense's {self.chain_steps}; "
-                "give it fewer."
-            )
+        self.refuse_more(steps)
         chain = self.settings
         longer = chain.step_size * math.sqrt(chain.steps / steps)
         return LangevinPurifier(self.energy, steps, longer, chain.temperature, self.precision)

@@ -12,7 +12,7 @@ from ebm_defense.engine.widened import widened
 from ebm_defense.errors import UsageError
 from ebm_defense.interface.numbers import real, whole
 from ebm_defense.noise import Noise
-from ebm_defense.purifiers.base import Plain, SteppedPurifier
+from ebm_defense.purifiers.base import SteppedPurifier
 
 Joint = dict[str, Tensor]
 """Tensors by name, each with a batch axis first: z, and what else a purifier's chain is of."""
@@ -66,21 +66,8 @@ class LatentPath(SteppedPurifier):
         x = self.enter(images)
         self.vjp_step(x, x, noise, 0)
 
-    def refuse_more(self, steps: int) -> None:
-        """Refuse a surrogate of more steps than its own."""
-        if steps > self.steps:
-            raise UsageError(
-                f"the surrogate's {steps} steps are more than the defense's {self.steps}; give it "
-                "fewer."
-            )
-
     def brief(self, images: Tensor) -> Self:
         return self.remade(steps=min(1, self.steps))
-
-    def remade(self, **changes: Plain) -> Self:
-        """Return one of the same networks with other settings."""
-        made: dict[str, Any] = self.networks | self.numbers | changes
-        return type(self)(**made)
 
 
 def to_unit(x: Tensor) -> Tensor:
