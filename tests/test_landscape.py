@@ -121,6 +121,12 @@ def test_barriers_are_those_of_a_flooded_grid_within_five_percent(found, truth):
         assert mine == pytest.approx(height - floor, rel=0.05)
 
 
+def test_paths_pulled_taut_climb_less_than_the_chains_that_found_them(found):
+    loose = explore(Mixture(), found.minima, CHAINS, apart=0.1, descent=0, pulls=0)
+    assert (found.barriers <= loose.barriers + 1e-6).all()
+    assert (found.barriers < loose.barriers - 1e-6).any()
+
+
 def test_basins_join_where_the_attraction_is_stronger_than_every_slope(found):
     assert found.basins == [[0, 1, 2, 3]]  # α·T = 10 is steeper than any wall here
     weak = explore(
